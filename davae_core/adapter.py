@@ -1,0 +1,269 @@
+"""From C to C + D channels: a wider patch embedder and head for a pretrained MMDiT, and LoRA on its trunk.
+
+Source: arXiv 2603.22125 sec. 3.2. The pretrained embedder P and head O stay; a new embedder P' for the detail channels
+is added to P's output, and a new head O' for them is joined to O's per token. P' and O' start at zero, so that at
+step 0 the model is the pretrained one on the base channels and predicts 0 on the detail channels.
+
+An adapter's tensors:
+
+    davae.x_embedder.proj.detail.weight       P'           [hidden, D, patch, patch]
+    davae.x_embedder.proj.delta.weight|bias   change of P  [hidden, C, patch, patch] | [hidden]                optional
+    davae.final_layer.linear.detail.weight|bias  O'        [patch^2 D, hidden] | [patch^2 D]
+    davae.final_layer.linear.delta.weight|bias   change of O  [patch^2 C, hidden] | [patch^2 C]                optional
+    transformer.transformer_blocks.N.MODULE.lora_A.weight | lora_B.weight | alpha   LoRA, named as diffusers does
+
+Rows of a head are [token position, channel], channel innermost, in the SD3.5 layout.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .errors import CheckpointError, DAVAEError
+from .latent import LatentSpec
+from .mmdit import MMDiTConfig
+
+PREFIX = "davae."
+EMBED = "x_embedder.proj."
+HEAD = "final_layer.linear."
+WIDENED = (f"{EMBED}weight", f"{EMBED}bias", f"{HEAD}weight", f"{HEAD}bias")
+
+# LoRA module name (diffusers) -> weight in the SD3.5 layout, and which third of a fused projection it is.
+LORA_MODULES: dict[str, tuple[str, int | None]] = {
+    **{f"attn.to_{name}": ("x_block.attn.qkv", i) for i, name in enumerate("qkv")},
+    "attn.to_out.0": ("x_block.attn.proj", None),
+    **{f"attn2.to_{name}": ("x_block.attn2.qkv", i) for i, name in enumerate("qkv")},
+    "attn2.to_out.0": ("x_block.attn2.proj", None),
+    **{f"attn.add_{name}_proj": ("context_block.attn.qkv", i) for i, name in enumerate("qkv")},
+    "attn.to_add_out": ("context_block.attn.proj", None),
+    "ff.net.0.proj": ("x_block.mlp.fc1", None),
+    "ff.net.2": ("x_block.mlp.fc2", None),
+    "ff_context.net.0.proj": ("context_block.mlp.fc1", None),
+    "ff_context.net.2": ("context_block.mlp.fc2", None),
+    "norm1.linear": ("x_block.adaLN_modulation.1", None),
+}
+PAPER_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2", "norm1.linear")
+
+_LORA_NAME = re.compile(r"transformer\.transformer_blocks\.(\d+)\.(.+)\.lora_A\.weight")
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """How the adapter was trained to be sampled; 0 where it says nothing.
+
+    Attributes:
+        size: image side in pixels.
+        shift: time shift of the flow.
+        cfg: guidance scale.
+        steps: sampling steps.
+    """
+
+    size: int = 0
+    shift: float = 0.0
+    cfg: float = 0.0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter fits.
+
+    Attributes:
+        latent: the latent it makes the model speak, with the statistics it was trained with.
+        hidden, patch: of the MMDiT it belongs to.
+        recommended: sampling settings.
+    """
+
+    latent: LatentSpec
+    hidden: int
+    patch: int = 2
+    recommended: Recommended = Recommended()
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, torch.Tensor]) -> "AdapterConfig":
+        """Read what the shapes tell: hidden, patch, D and (from the change of O, else by default) C.
+
+        Raises:
+            CheckpointError: the tensors of an adapter are not there.
+        """
+        try:
+            hidden, detail, patch, _ = state[f"{PREFIX}{EMBED}detail.weight"].shape
+            rows = state[f"{PREFIX}{HEAD}detail.weight"].shape[0]
+        except (KeyError, ValueError) as problem:
+            raise CheckpointError(f"not a DA-VAE adapter: {problem} is not there or misshapen") from problem
+        if rows != patch**2 * detail:
+            raise CheckpointError(
+                f"damaged adapter: its embedder is for {detail} detail channels, its head for {rows / patch**2:g}"
+            )
+        delta = state.get(f"{PREFIX}{EMBED}delta.weight")
+        base = delta.shape[1] if delta is not None else LatentSpec.base_channels
+        return cls(latent=LatentSpec(base_channels=base, detail_channels=detail), hidden=hidden, patch=patch)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter: configuration and tensors, under the names listed at the top of this file."""
+
+    config: AdapterConfig
+    state: dict[str, torch.Tensor]
+
+    def lora_state(self) -> dict[str, torch.Tensor]:
+        """The LoRA tensors alone, named as diffusers and ComfyUI know them."""
+        return {name: tensor for name, tensor in self.state.items() if not name.startswith(PREFIX)}
+
+
+def zero_adapter(
+    model: MMDiTConfig,
+    latent: LatentSpec,
+    rank: int = 0,
+    targets: tuple[str, ...] = PAPER_TARGETS,
+    generator: torch.Generator | None = None,
+) -> Adapter:
+    """The adapter of step 0: P', O' and every LoRA product are zero, so the model is unchanged.
+
+    Args:
+        model: the pretrained model.
+        latent: the latent to adapt to; its base channels must be the model's.
+        rank: LoRA rank (and alpha); 0 for no LoRA.
+        targets: keys of :data:`LORA_MODULES`.
+        generator: draws the LoRA's first factors.
+    """
+    if model.in_channels != latent.base_channels or model.out_channels != latent.base_channels:
+        raise DAVAEError(
+            f"the model has {model.in_channels} channels in and {model.out_channels} out, expected the latent's "
+            f"{latent.base_channels} base channels"
+        )
+    detail, tokens, hidden = latent.detail_channels, model.patch**2, model.hidden
+    state = {
+        f"{PREFIX}{EMBED}detail.weight": torch.zeros(hidden, detail, model.patch, model.patch),
+        f"{PREFIX}{EMBED}delta.weight": torch.zeros(hidden, latent.base_channels, model.patch, model.patch),
+        f"{PREFIX}{EMBED}delta.bias": torch.zeros(hidden),
+        f"{PREFIX}{HEAD}detail.weight": torch.zeros(tokens * detail, hidden),
+        f"{PREFIX}{HEAD}detail.bias": torch.zeros(tokens * detail),
+        f"{PREFIX}{HEAD}delta.weight": torch.zeros(tokens * latent.base_channels, hidden),
+        f"{PREFIX}{HEAD}delta.bias": torch.zeros(tokens * latent.base_channels),
+    }
+    for block in range(model.depth if rank else 0):
+        for module in targets:
+            if module.startswith("attn2.") and block not in model.dual_attention:
+                continue
+            out_features, in_features = _module_shape(module, model, block)
+            name = f"transformer.transformer_blocks.{block}.{module}"
+            spread = 1 / math.sqrt(in_features)
+            state[f"{name}.lora_A.weight"] = torch.empty(rank, in_features).uniform_(
+                -spread, spread, generator=generator
+            )
+            state[f"{name}.lora_B.weight"] = torch.zeros(out_features, rank)
+            state[f"{name}.alpha"] = torch.tensor(float(rank))
+    return Adapter(AdapterConfig(latent, model.hidden, model.patch), state)
+
+
+def _module_shape(module: str, model: MMDiTConfig, block: int) -> tuple[int, int]:
+    """(out, in) features of a LoRA module."""
+    hidden = model.hidden
+    if module == "norm1.linear":
+        return (9 if block in model.dual_attention else 6) * hidden, hidden
+    if module in ("ff.net.2", "ff_context.net.2"):
+        return hidden, 4 * hidden
+    if module in ("ff.net.0.proj", "ff_context.net.0.proj"):
+        return 4 * hidden, hidden
+    if module in LORA_MODULES:
+        return hidden, hidden
+    raise DAVAEError(f"unknown LoRA module {module!r}, expected one of {', '.join(LORA_MODULES)}")
+
+
+def check_fits(adapter: AdapterConfig, embedder: tuple[int, ...], head: tuple[int, ...]) -> None:
+    """Raise DAVAEError unless the adapter fits a model whose embedder and head weights have these shapes."""
+    hidden, channels, patch, _ = embedder
+    spec = adapter.latent
+    if (hidden, patch) != (adapter.hidden, adapter.patch):
+        raise DAVAEError(
+            f"this adapter is for a model of width {adapter.hidden} with patches of {adapter.patch}, "
+            f"but the MODEL has width {hidden} and patches of {patch}; use the model it was trained for"
+        )
+    if channels != spec.base_channels or head[0] != patch**2 * spec.base_channels:
+        raise DAVAEError(
+            f"this adapter is for a model with {spec.base_channels} latent channels, but the MODEL reads {channels} "
+            f"and predicts {head[0] // patch**2}; use an unadapted model"
+        )
+
+
+def widen(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, torch.Tensor]:
+    """The embedder and head for C + D channels, fused into one convolution and one linear layer.
+
+    Args:
+        base: the pretrained tensors named in :data:`WIDENED`.
+        adapter: what to add.
+        strength: factor on the changes of P and O; P' and O' always count in full, for a weakened head would leave
+            noise in the detail channels.
+
+    Returns:
+        The tensors of :data:`WIDENED`, in the dtype and on the device of ``base``:
+        ``[hidden, C + D, patch, patch]``, ``[hidden]``, ``[patch^2 (C + D), hidden]``, ``[patch^2 (C + D)]``.
+    """
+    check_fits(adapter.config, tuple(base[WIDENED[0]].shape), tuple(base[WIDENED[2]].shape))
+    positions = adapter.config.patch**2
+
+    def changed(name: str, part: str) -> torch.Tensor:
+        delta = adapter.state.get(f"{PREFIX}{name}delta.{part}")
+        tensor = base[f"{name}{part}"]
+        return tensor if delta is None else tensor + (strength * delta.float()).to(tensor)
+
+    def per_token(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(0, (positions, -1))
+
+    new = {name: adapter.state[f"{PREFIX}{name}"] for name in (f"{EMBED}detail.weight", f"{HEAD}detail.weight")}
+    new[f"{HEAD}detail.bias"] = adapter.state[f"{PREFIX}{HEAD}detail.bias"]
+    wide = {
+        f"{EMBED}weight": torch.cat(
+            [changed(EMBED, "weight"), new[f"{EMBED}detail.weight"].to(base[WIDENED[0]])], dim=1
+        ),
+        f"{EMBED}bias": changed(EMBED, "bias"),
+    }
+    for part in ("weight", "bias"):
+        detail = new[f"{HEAD}detail.{part}"].to(base[f"{HEAD}{part}"])
+        wide[f"{HEAD}{part}"] = torch.cat([per_token(changed(HEAD, part)), per_token(detail)], dim=1).flatten(0, 1)
+    return wide
+
+
+def lora_deltas(adapter: Adapter) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """Each LoRA product as (weight name in the SD3.5 layout, third of a fused projection or None, ``[out, in]``)."""
+    lora = adapter.lora_state()
+    for name, down in lora.items():
+        if name.endswith((".lora_B.weight", ".alpha")):
+            continue
+        match = _LORA_NAME.fullmatch(name)
+        if match is None or match.group(2) not in LORA_MODULES:
+            raise CheckpointError(f"unknown tensor in the adapter: {name}")
+        stem = name.removesuffix(".lora_A.weight")
+        up = lora[f"{stem}.lora_B.weight"]
+        alpha = lora.get(f"{stem}.alpha")
+        factor = 1.0 if alpha is None else float(alpha) / down.shape[0]
+        module, third = LORA_MODULES[match.group(2)]
+        yield f"joint_blocks.{match.group(1)}.{module}.weight", third, factor * (up.float() @ down.float())
+
+
+def merge(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, torch.Tensor]:
+    """A whole adapted model in one state dict: wider embedder and head, LoRA folded into the trunk.
+
+    Args:
+        base: the pretrained diffusion model's state dict; it is not changed, and untouched tensors are shared.
+        adapter: what to apply.
+        strength: factor on what the adapter changes in the pretrained weights, see :func:`widen`.
+    """
+    merged = dict(base) | widen(base, adapter, strength)
+    for name, third, delta in lora_deltas(adapter):
+        if name not in base:
+            raise DAVAEError(
+                f"the adapter changes {name}, which the model does not have; use the model it was trained for"
+            )
+        weight = merged[name].clone() if merged[name] is base[name] else merged[name]
+        rows = weight if third is None else weight.chunk(3)[third]
+        if rows.shape != delta.shape:
+            raise DAVAEError(f"the adapter's change of {name} is {list(delta.shape)}, expected {list(rows.shape)}")
+        rows.copy_(rows.float() + strength * delta)
+        merged[name] = weight
+    return merged

@@ -1,0 +1,273 @@
+"""KL autoencoder in the layout of the SD3 VAE file.
+
+State-dict names are those of the file (``encoder.down.0.block.0.norm1.weight`` ...), so loading is ``load_state_dict``.
+Layout: latent-diffusion ("LDM") KL autoencoder without quantisation convolutions; group norm of 32 groups, eps 1e-6.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import CheckpointError, DAVAEError
+
+NORM_GROUPS = 32
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of a KL autoencoder; the defaults are the SD3 VAE.
+
+    Attributes:
+        widths: channels of each resolution level, from full resolution down; each a multiple of 32.
+        blocks: residual blocks in an encoder level (a decoder level has one more).
+        latent_channels: C.
+        image_channels: 3 for RGB.
+    """
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    blocks: int = 2
+    latent_channels: int = 16
+    image_channels: int = 3
+
+    def __post_init__(self) -> None:
+        bad = [w for w in self.widths if w <= 0 or w % NORM_GROUPS]
+        if bad or not self.widths:
+            raise DAVAEError(f"autoencoder widths must be positive multiples of {NORM_GROUPS}, got {self.widths}")
+        if min(self.blocks, self.latent_channels, self.image_channels) < 1:
+            raise DAVAEError(f"autoencoder needs at least one block and channel everywhere, got {self}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel in each direction (f = 8 for SD3)."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of the encoder's last features and of the decoder's first (512 for SD3)."""
+        return self.widths[-1]
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, torch.Tensor], prefix: str = "encoder.") -> "AutoencoderConfig":
+        """Read the configuration off the shapes of an encoder.
+
+        Args:
+            state: tensors by name.
+            prefix: where the encoder's names start.
+
+        Raises:
+            CheckpointError: the names are not those of an SD3-layout encoder.
+        """
+        try:
+            levels = _count(state, rf"{re.escape(prefix)}down\.(\d+)\.block\.0\.norm1\.weight")
+            blocks = _count(state, rf"{re.escape(prefix)}down\.0\.block\.(\d+)\.norm1\.weight")
+            widths = tuple(state[f"{prefix}down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
+            return cls(
+                widths=widths,
+                blocks=blocks,
+                latent_channels=state[f"{prefix}conv_out.weight"].shape[0] // 2,
+                image_channels=state[f"{prefix}conv_in.weight"].shape[1],
+            )
+        except KeyError as missing:
+            raise CheckpointError(f"not an SD3-layout autoencoder: the tensor {missing} is not there") from missing
+
+
+def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
+    """How many numbers the one group of ``pattern`` takes among the names."""
+    return len({match.group(1) for name in state if (match := re.fullmatch(pattern, name))})
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, twice, beside a shortcut. ``[B, in, h, w] -> [B, out, h, w]``."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all pixels. ``[B, c, h, w] -> [B, c, h, w]``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, 1, h*w, c]
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
+        return x + self.proj_out(h)
+
+
+class Middle(nn.Module):
+    """The lowest resolution: residual block, attention, residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution with a strided convolution; pads one pixel on the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution by nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, then a change of resolution where there is one."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.upsample(self.downsample(x))
+
+
+class Encoder(nn.Module):
+    """Image to moments: ``[B, 3, H, W]`` in [-1, 1] to ``[B, 2C, H/f, W/f]`` (mean, log-variance)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[max(i - 1, 0)], width, config.blocks)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def levels(self, x: torch.Tensor) -> torch.Tensor:
+        """The local part: all resolution levels. ``[B, 3, H, W] -> [B, width, H/f, W/f]``."""
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return h
+
+    def finish(self, h: torch.Tensor) -> torch.Tensor:
+        """The global part: middle block, last norm and SiLU. Same shape in and out."""
+        return F.silu(self.norm_out(self.mid(h)))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything but the last convolution. ``[B, 3, H, W] -> [B, width, H/f, W/f]``."""
+        return self.finish(self.levels(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(self.features(x))
+
+
+class DecoderTrunk(nn.Module):
+    """A decoder without its first convolution: features ``[B, width, h, w]`` to an image ``[B, 3, f h, f w]``."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[min(i + 1, len(widths) - 1)], width, config.blocks + 1)
+            if i > 0:
+                level.upsample = Upsample(width)
+            self.up.append(level)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
+
+    def levels(self, h: torch.Tensor) -> torch.Tensor:
+        """The local part: everything after the middle block. ``[B, width, h, w] -> [B, 3, f h, f w]``."""
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def trunk(self, h: torch.Tensor) -> torch.Tensor:
+        """Middle block and levels."""
+        return self.levels(self.mid(h))
+
+
+class Decoder(DecoderTrunk):
+    """Latent to image: ``[B, C, h, w]`` to ``[B, 3, f h, f w]``, about [-1, 1] and not clamped."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__(config)
+        self.conv_in = nn.Conv2d(config.latent_channels, config.feature_channels, 3, padding=1)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.trunk(self.conv_in(z))
+
+
+class Autoencoder(nn.Module):
+    """The SD3 VAE. Latents are raw: the shift and scale of the diffusion model are applied outside."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """``[B, 3, H, W]`` in [-1, 1] to ``[B, C, H/f, W/f]``: the mean, or a sample when a generator is given."""
+        return latent_from_moments(self.encoder(x), generator)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """``[B, C, h, w]`` to ``[B, 3, f h, f w]``, about [-1, 1] and not clamped."""
+        return self.decoder(z)
+
+
+def latent_from_moments(moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Mean of a diagonal Gaussian ``[B, 2C, h, w]``, or a sample of it when a generator is given."""
+    mean, logvar = moments.chunk(2, dim=1)
+    if generator is None:
+        return mean
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + noise * torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))

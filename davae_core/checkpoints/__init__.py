@@ -1,0 +1,24 @@
+"""Files: detect, load, save. Only safetensors; a save is whole or not at all."""
+
+from .detect import Detected, detect
+from .native import (
+    MergedModel,
+    load_adapter,
+    load_autoencoder,
+    load_merged,
+    save_adapter,
+    save_autoencoder,
+    save_merged,
+)
+
+__all__ = [
+    "Detected",
+    "MergedModel",
+    "detect",
+    "load_adapter",
+    "load_autoencoder",
+    "load_merged",
+    "save_adapter",
+    "save_autoencoder",
+    "save_merged",
+]

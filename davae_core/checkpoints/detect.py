@@ -1,0 +1,59 @@
+"""Tell from tensor names and shapes what a file is, so that an error can say what was given."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FileKind = Literal[
+    "autoencoder", "adapter", "model", "sd3 vae", "vae", "sd3 model", "sd3 checkpoint", "unet", "lora", "unknown"
+]
+CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A kind of file, and a phrase for people."""
+
+    kind: FileKind
+    description: str
+
+
+def detect(shapes: Mapping[str, Any]) -> Detected:
+    """Look at a file's names and shapes.
+
+    Args:
+        shapes: shape (a tuple, or a tensor) by tensor name.
+    """
+    names = set(shapes)
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(getattr(shapes[name], "shape", shapes[name]))
+
+    def any_starts(*prefixes: str) -> bool:
+        return any(name.startswith(prefixes) for name in names)
+
+    if "detail_down.conv.weight" in names and any_starts("base_encoder."):
+        return Detected("autoencoder", "a DA-VAE autoencoder")
+    if any_starts("davae.x_embedder."):
+        return Detected("adapter", "a DA-VAE adapter")
+    for prefix in ("", *CHECKPOINT_PREFIXES):
+        if f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" in names:
+            channels = shape(f"{prefix}x_embedder.proj.weight")[1] if f"{prefix}x_embedder.proj.weight" in names else 0
+            if channels > 16:
+                return Detected("model", f"an SD3.5 diffusion model with {channels} channels (a merged DA-VAE model)")
+            if any_starts("first_stage_model.", "text_encoders."):
+                return Detected("sd3 checkpoint", "a whole SD3 / SD3.5 checkpoint")
+            return Detected("sd3 model", f"an unadapted SD3 / SD3.5 diffusion model with {channels} channels")
+    for prefix in ("", "first_stage_model."):
+        if f"{prefix}decoder.conv_in.weight" in names and f"{prefix}encoder.conv_in.weight" in names:
+            channels = shape(f"{prefix}decoder.conv_in.weight")[1]
+            if channels == 16:
+                return Detected("sd3 vae", "a plain SD3 VAE (16 latent channels, no detail branch)")
+            return Detected("vae", f"a plain VAE with {channels} latent channels")
+    if any_starts("model.diffusion_model.input_blocks.", "input_blocks."):
+        return Detected("unet", "a Stable Diffusion 1 / 2 / XL model")
+    if any(
+        name.endswith((".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".lora_up.weight")) for name in names
+    ):
+        return Detected("lora", "a LoRA (without the DA-VAE embedder and head)")
+    return Detected("unknown", f"a file of {len(names)} tensors that is none of the known kinds")

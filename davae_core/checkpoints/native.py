@@ -1,0 +1,163 @@
+"""Our own files: autoencoder, adapter and merged model, each one safetensors file."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import adapter as adapters
+from ..adapter import Adapter, AdapterConfig, Recommended
+from ..davae import DAVAE, DAVAEConfig
+from ..errors import CheckpointError
+from ..latent import LatentSpec
+from ..mmdit import MMDiTConfig
+from . import files, metadata
+from .detect import CHECKPOINT_PREFIXES, FileKind, detect
+
+PathLike = str | os.PathLike[str]
+
+_WHERE = {
+    "autoencoder": "choose a DA-VAE autoencoder (models/vae)",
+    "adapter": "choose a DA-VAE adapter (models/loras)",
+    "model": "choose a merged DA-VAE model (models/diffusion_models)",
+}
+
+
+def save_autoencoder(
+    path: PathLike,
+    model: DAVAE,
+    recommended: Recommended = Recommended(),
+    *,
+    title: str = "DA-VAE autoencoder",
+    author: str = "",
+    licence: str = "",
+) -> None:
+    """Write a DA-VAE with its configuration; the old file stays until the new one is whole."""
+    info = metadata.build("autoencoder", model.latent, recommended, title=title, author=author, licence=licence)
+    files.save(path, model.state_dict(), info)
+
+
+def load_autoencoder(path: PathLike, dtype: torch.dtype | None = None) -> DAVAE:
+    """Read a DA-VAE.
+
+    Args:
+        path: a safetensors file of kind ``autoencoder``.
+        dtype: of the weights; as stored when not given.
+
+    Raises:
+        CheckpointError: the file cannot be read, is of another kind, contradicts itself, or holds NaN.
+    """
+    state, info = _read(path, "autoencoder")
+    name = Path(path).name
+    latent, _, _ = metadata.parse(info, "autoencoder", name)
+    config = DAVAEConfig.from_state_dict(state)
+    _agree(name, config.latent, latent, ("base_channels", "detail_channels", "scale", "base_factor"))
+    with torch.device("meta"):
+        model = DAVAE(replace(config, latent=latent))
+    _load(model, state, name)
+    return model.to(dtype).eval() if dtype else model.eval()
+
+
+def save_adapter(
+    path: PathLike, adapter: Adapter, *, title: str = "DA-VAE adapter", author: str = "", licence: str = ""
+) -> None:
+    """Write an adapter with its configuration; the old file stays until the new one is whole."""
+    config = adapter.config
+    info = metadata.build(
+        "adapter",
+        config.latent,
+        config.recommended,
+        title=title,
+        author=author,
+        licence=licence,
+        extra={"hidden": config.hidden, "patch": config.patch},
+    )
+    files.save(path, adapter.state, info)
+
+
+def load_adapter(path: PathLike) -> Adapter:
+    """Read an adapter; raises as :func:`load_autoencoder` does."""
+    state, info = _read(path, "adapter")
+    name = Path(path).name
+    latent, recommended, _ = metadata.parse(info, "adapter", name)
+    told = AdapterConfig.from_state_dict(state)
+    checked = ["detail_channels"]
+    if f"{adapters.PREFIX}{adapters.EMBED}delta.weight" in state:
+        checked.append("base_channels")
+    _agree(name, told.latent, latent, checked)
+    return Adapter(replace(told, latent=latent, recommended=recommended), state)
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A whole diffusion model with C + D channels: its state dict in the SD3.5 layout (no prefix) and its latent."""
+
+    state: dict[str, torch.Tensor]
+    latent: LatentSpec
+    recommended: Recommended
+
+
+def save_merged(
+    path: PathLike, model: MergedModel, *, title: str = "DA-VAE merged model", author: str = "", licence: str = ""
+) -> None:
+    """Write a merged model; the old file stays until the new one is whole."""
+    info = metadata.build("model", model.latent, model.recommended, title=title, author=author, licence=licence)
+    files.save(path, model.state, info)
+
+
+def load_merged(path: PathLike) -> MergedModel:
+    """Read a merged model; raises as :func:`load_autoencoder` does."""
+    state, info = _read(path, "model", check=("x_embedder.proj.weight", "final_layer.linear.weight"))
+    name = Path(path).name
+    latent, recommended, _ = metadata.parse(info, "model", name)
+    channels = MMDiTConfig.from_state_dict(state)
+    if channels.in_channels != latent.channels or channels.out_channels != latent.channels:
+        raise CheckpointError(
+            f"{name}: its weights read {channels.in_channels} and predict {channels.out_channels} channels, its "
+            f"metadata says {latent.channels}; the file is damaged"
+        )
+    return MergedModel(state, latent, recommended)
+
+
+def _read(
+    path: PathLike, kind: FileKind, check: tuple[str, ...] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors (without a checkpoint prefix) and metadata of a file that must be of ``kind``."""
+    shapes, info = files.read_metadata(path)
+    found = detect(shapes)
+    name = Path(path).name
+    if found.kind != kind:
+        raise CheckpointError(f"{name} is {found.description}; {_WHERE[kind]}")
+    state = _strip(files.read(path)[0])
+    files.check_finite({key: state[key] for key in check} if check else state, name)
+    return state, info
+
+
+def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Drop the prefix that whole checkpoints put before the diffusion model's names."""
+    for prefix in CHECKPOINT_PREFIXES:
+        inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if inner:
+            return inner
+    return state
+
+
+def _agree(name: str, told: LatentSpec, claimed: LatentSpec, attributes: Sequence[str]) -> None:
+    """The shapes and the metadata must say the same."""
+    for attribute in attributes:
+        shape, meta = getattr(told, attribute), getattr(claimed, attribute)
+        if shape != meta:
+            raise CheckpointError(
+                f"{name}: its weights have {attribute} = {shape}, its metadata says {meta}; the file is damaged"
+            )
+
+
+def _load(model: torch.nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
+    """Load without copying; every tensor must be there with its shape."""
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as problem:
+        lines = [line.strip() for line in str(problem).splitlines()[1:4]]
+        raise CheckpointError(f"{name} does not hold the tensors of its kind: {' '.join(lines)}") from problem

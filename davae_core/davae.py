@@ -1,0 +1,259 @@
+"""DA-VAE: a base latent of the small image, a detail latent of the large one, and one decoder for both.
+
+Source: arXiv 2603.22125 sec. 3.1 and the structure of the authors' SD3 release. State-dict names:
+
+    base_encoder.*        an SD3-layout encoder; its trunk also feeds the detail branch unless there is a detail_trunk
+    detail_trunk.*        optional: a trunk of its own for the detail branch (an encoder without its last convolution)
+    detail_down.*         down block, trunk features to detail moments
+    joint_up.*            up block, latent to decoder features, in place of the decoder's first convolution
+    decoder.*             the rest of an SD3-layout decoder
+    base_decoder.*        optional: the base VAE's own decoder, for half-size previews
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .autoencoder import AutoencoderConfig, Decoder, DecoderTrunk, Encoder, latent_from_moments
+from .errors import CheckpointError, DAVAEError, LatentError
+from .latent import BASE_NORMALISATION, LatentSpec
+from .strips import Strips
+
+DEFAULT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class DAVAEConfig:
+    """Shape of a DA-VAE.
+
+    Attributes:
+        base: the base VAE.
+        latent: channels, scale and normalisation of the latent.
+        shared_trunk: the detail branch uses the base encoder's trunk (the SD3 recipe) and has none of its own.
+        base_decoder: the base VAE's decoder is part of the model.
+    """
+
+    base: AutoencoderConfig = AutoencoderConfig()
+    latent: LatentSpec = LatentSpec()
+    shared_trunk: bool = True
+    base_decoder: bool = False
+
+    def __post_init__(self) -> None:
+        if self.latent.base_channels != self.base.latent_channels or self.latent.base_factor != self.base.factor:
+            raise DAVAEError(
+                f"the latent ({self.latent.base_channels} base channels at 1/{self.latent.base_factor}) does not fit "
+                f"the base VAE ({self.base.latent_channels} channels at 1/{self.base.factor})"
+            )
+        if 2 * self.latent.detail_channels % self.latent.scale**2:
+            raise DAVAEError(
+                f"2 D must be a multiple of s^2: got D = {self.latent.detail_channels}, s = {self.latent.scale}"
+            )
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, torch.Tensor]) -> "DAVAEConfig":
+        """Read the configuration off the shapes; normalisation is not in them and stays at its default.
+
+        Raises:
+            CheckpointError: the names or shapes are not those of a DA-VAE.
+        """
+        base = AutoencoderConfig.from_state_dict(state, "base_encoder.")
+        try:
+            up, down = state["joint_up.conv.weight"], state["detail_down.conv.weight"]
+        except KeyError as missing:
+            raise CheckpointError(f"not a DA-VAE: the tensor {missing} is not there") from missing
+        area = up.shape[0] // base.feature_channels
+        shift, scale = BASE_NORMALISATION.get(base.latent_channels, (0.0, 1.0))
+        latent = LatentSpec(
+            base_channels=base.latent_channels,
+            detail_channels=down.shape[0] * area // 2,
+            scale=round(area**0.5),
+            base_factor=base.factor,
+            base_shift=shift,
+            base_scale=scale,
+        )
+        return cls(
+            base=base,
+            latent=latent,
+            shared_trunk=not any(name.startswith("detail_trunk.") for name in state),
+            base_decoder="base_decoder.conv_in.weight" in state,
+        )
+
+
+class DownBlock(nn.Module):
+    """``[B, in, h, w] -> [B, out, h/s, w/s]``: convolution and pixel-unshuffle, plus a shortcut.
+
+    The shortcut averages groups of the unshuffled channels; where they do not divide evenly it is a 1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
+        super().__init__()
+        self.scale, self.out_channels = scale, out_channels
+        self.conv = nn.Conv2d(in_channels, out_channels // scale**2, 3, padding=1)
+        unshuffled = in_channels * scale**2
+        self.shortcut = _zero_conv(unshuffled, out_channels) if unshuffled % out_channels else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.pixel_unshuffle(x, self.scale)
+        y = self.shortcut(y) if self.shortcut else y.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+        return F.pixel_unshuffle(self.conv(x), self.scale) + y
+
+
+class UpBlock(nn.Module):
+    """``[B, in, h, w] -> [B, out, s h, s w]``: convolution and pixel-shuffle, plus a shortcut.
+
+    The shortcut repeats channels; where they do not divide evenly it is a 1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
+        super().__init__()
+        self.scale = scale
+        shuffled = out_channels * scale**2
+        self.conv = nn.Conv2d(in_channels, shuffled, 3, padding=1)
+        self.repeats = shuffled // in_channels
+        self.shortcut = _zero_conv(in_channels, shuffled) if shuffled % in_channels else None
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        y = self.shortcut(z) if self.shortcut else z.repeat_interleave(self.repeats, dim=1)
+        return F.pixel_shuffle(self.conv(z) + y, self.scale)
+
+
+def _zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+    nn.init.zeros_(conv.weight)
+    return conv
+
+
+class DAVAE(nn.Module):
+    """Image ``[B, 3, H, W]`` in [-1, 1] to latent ``[B, C + D, H/(f s), W/(f s)]`` and back; H, W multiples of f s.
+
+    Latents are in the autoencoder's units: the first C channels are exactly the base VAE's latent of the 1/s image.
+    """
+
+    def __init__(self, config: DAVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        base, latent = config.base, config.latent
+        self.base_encoder = Encoder(base)
+        self.detail_trunk = None if config.shared_trunk else _trunk_only(Encoder(base))
+        self.detail_down = DownBlock(base.feature_channels, 2 * latent.detail_channels, latent.scale)
+        self.joint_up = UpBlock(latent.channels, base.feature_channels, latent.scale)
+        self.decoder = DecoderTrunk(base)
+        self.base_decoder = Decoder(base) if config.base_decoder else None
+
+    @property
+    def latent(self) -> LatentSpec:
+        """Channels, scale and normalisation of the latent."""
+        return self.config.latent
+
+    def set_detail_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Store the per-channel statistics of the detail latent, measured on training images."""
+        self.config = replace(self.config, latent=replace(self.latent, detail_mean=mean, detail_std=std))
+
+    def encode(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Image to ``[base, detail]`` latent.
+
+        Args:
+            x: ``[B, 3, H, W]`` in [-1, 1].
+            generator: draws the detail latent from its posterior; without one it is the posterior's mean.
+
+        Raises:
+            LatentError: H or W is not a multiple of f s.
+        """
+        return torch.cat([self.encode_base(x), self.encode_detail(x, generator)], dim=1)
+
+    def encode_base(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, H, W]`` in [-1, 1] to the base VAE's mean latent of the 1/s image, ``[B, C, H/(f s), W/(f s)]``."""
+        return latent_from_moments(self.base_encoder(self.shrink(x)))
+
+    def encode_detail(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """``[B, 3, H, W]`` in [-1, 1] to ``[B, D, H/(f s), W/(f s)]``."""
+        return latent_from_moments(self.detail_moments(x), generator)
+
+    def detail_moments(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, H, W]`` in [-1, 1] to mean and log-variance ``[B, 2D, H/(f s), W/(f s)]``."""
+        self._check_image(x)
+        return self.detail_down((self.detail_trunk or self.base_encoder).features(x))
+
+    def shrink(self, x: torch.Tensor) -> torch.Tensor:
+        """The 1/s image the base latent is made of: bicubic, clamped to [-1, 1]."""
+        self._check_image(x)
+        size = [side // self.latent.scale for side in x.shape[-2:]]
+        return F.interpolate(x, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+    def decode(self, z: torch.Tensor, detail_strength: float = 1.0) -> torch.Tensor:
+        """Latent to image.
+
+        Args:
+            z: ``[B, C + D, h, w]``.
+            detail_strength: factor on the detail channels; 0 = base only, 1 = as trained.
+
+        Returns:
+            ``[B, 3, f s h, f s w]``, about [-1, 1] and not clamped.
+
+        Raises:
+            LatentError: ``z`` has the wrong channels.
+        """
+        return self.decoder.trunk(self.joint_up(self._decoder_input(z, detail_strength)))
+
+    def decode_base(self, z_base: torch.Tensor) -> torch.Tensor:
+        """The base VAE's own decoder: ``[B, C, h, w]`` to the 1/s image ``[B, 3, f h, f w]``.
+
+        Raises:
+            DAVAEError: the model holds no base decoder.
+        """
+        if self.base_decoder is None:
+            raise DAVAEError(
+                "this DA-VAE file holds no base decoder, so it cannot decode a base latent by itself; "
+                "decode it with the base model's own VAE file"
+            )
+        return self.base_decoder(z_base)
+
+    def encode_tiled(
+        self, x: torch.Tensor, rows: int = DEFAULT_ROWS, on_strip: Callable[[], None] | None = None
+    ) -> torch.Tensor:
+        """:meth:`encode` (posterior mean) in strips of ``rows`` image rows: the same latent in less memory."""
+        self._check_image(x)
+        strips = Strips(rows, on_strip)
+        trunk = self.detail_trunk or self.base_encoder
+        detail = self.detail_down(trunk.finish(strips.encode(trunk, x)))
+        base = self.base_encoder.finish(strips.encode(self.base_encoder, self.shrink(x)))
+        return torch.cat([latent_from_moments(self.base_encoder.conv_out(base)), latent_from_moments(detail)], dim=1)
+
+    def decode_tiled(
+        self,
+        z: torch.Tensor,
+        detail_strength: float = 1.0,
+        rows: int = DEFAULT_ROWS,
+        on_strip: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
+        """:meth:`decode` in strips of ``rows`` image rows: the same image in less memory."""
+        h = self.decoder.mid(self.joint_up(self._decoder_input(z, detail_strength)))
+        return Strips(rows, on_strip).decode(self.decoder, h)
+
+    def _decoder_input(self, z: torch.Tensor, detail_strength: float) -> torch.Tensor:
+        """The decoder sees the base channels in the base VAE's normalised units (as in the authors' release)."""
+        z_base, z_detail = self.latent.split(z)
+        return torch.cat(
+            [(z_base - self.latent.base_shift) * self.latent.base_scale, z_detail * detail_strength], dim=1
+        )
+
+    def _check_image(self, x: torch.Tensor) -> None:
+        factor = self.latent.factor
+        if (
+            x.ndim != 4
+            or x.shape[1] != self.config.base.image_channels
+            or any(s % factor or not s for s in x.shape[-2:])
+        ):
+            raise LatentError(
+                f"image has shape {list(x.shape)}, expected [batch, {self.config.base.image_channels}, height, width] "
+                f"with height and width multiples of {factor}"
+            )
+
+
+def _trunk_only(encoder: Encoder) -> Encoder:
+    """An encoder whose last convolution is not there: it is used for :meth:`Encoder.features` alone."""
+    del encoder.conv_out
+    return encoder

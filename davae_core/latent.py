@@ -1,0 +1,99 @@
+"""What a DA-VAE latent is: its channels, its spatial factor, and the units the diffusion model sees it in."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import DAVAEError, LatentError
+
+# Shift and scale that a diffusion family applies to its VAE's latents, by latent channels. Source: the SD3 release.
+BASE_NORMALISATION = {16: (0.0609, 1.5305)}
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """A latent ``[B, C + D, H/(f s), W/(f s)]``, channels in the order [base, detail].
+
+    Attributes:
+        base_channels: C, the channels of the pretrained latent of the 1/s image.
+        detail_channels: D, a multiple of C.
+        scale: s, how much further than the base VAE the latent compresses in each direction.
+        base_factor: f, pixels per latent pixel of the base VAE.
+        base_shift, base_scale: the model sees ``(z_base - base_shift) * base_scale``.
+        detail_mean, detail_std: D numbers each; the model sees ``(z_detail - detail_mean) / detail_std``.
+    """
+
+    base_channels: int = 16
+    detail_channels: int = 16
+    scale: int = 2
+    base_factor: int = 8
+    base_shift: float = BASE_NORMALISATION[16][0]
+    base_scale: float = BASE_NORMALISATION[16][1]
+    detail_mean: tuple[float, ...] = ()
+    detail_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.base_channels < 1 or self.detail_channels < 1 or self.detail_channels % self.base_channels:
+            raise DAVAEError(
+                f"detail channels must be a positive multiple of the base channels, "
+                f"got {self.detail_channels} detail on {self.base_channels} base channels"
+            )
+        if self.scale not in (2, 4):
+            raise DAVAEError(f"scale s must be 2 or 4, got {self.scale}")
+        object.__setattr__(self, "detail_mean", self.detail_mean or (0.0,) * self.detail_channels)
+        object.__setattr__(self, "detail_std", self.detail_std or (1.0,) * self.detail_channels)
+        for name in ("detail_mean", "detail_std"):
+            values = getattr(self, name)
+            if len(values) != self.detail_channels:
+                raise DAVAEError(f"{name} must hold {self.detail_channels} numbers, got {len(values)}")
+        if not self.base_scale > 0 or not all(std > 0 for std in self.detail_std):
+            raise DAVAEError("base_scale and every detail_std must be above 0")
+
+    @property
+    def channels(self) -> int:
+        """C + D."""
+        return self.base_channels + self.detail_channels
+
+    @property
+    def factor(self) -> int:
+        """f s: image pixels per latent pixel in each direction."""
+        return self.base_factor * self.scale
+
+    def check(self, z: torch.Tensor, what: str = "latent") -> None:
+        """Raise LatentError unless ``z`` is ``[B, C + D, h, w]``."""
+        if z.ndim != 4 or z.shape[1] != self.channels:
+            raise LatentError(
+                f"{what} has shape {list(z.shape)}, expected [batch, {self.channels}, height/{self.factor}, "
+                f"width/{self.factor}] ({self.base_channels} base + {self.detail_channels} detail channels)"
+            )
+
+    def split(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[B, C + D, h, w]`` to views ``[B, C, h, w]``, ``[B, D, h, w]``."""
+        self.check(z)
+        return z[:, : self.base_channels], z[:, self.base_channels :]
+
+    def normalise(self, z: torch.Tensor) -> torch.Tensor:
+        """From the autoencoder's units to the diffusion model's."""
+        mean, scale = self._affine(z)
+        return (z - mean) * scale
+
+    def denormalise(self, z: torch.Tensor) -> torch.Tensor:
+        """From the diffusion model's units to the autoencoder's."""
+        mean, scale = self._affine(z)
+        return z / scale + mean
+
+    def _affine(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per-channel shift and factor, ``[1, C + D, 1, 1]`` each."""
+        mean = z.new_tensor([self.base_shift] * self.base_channels + list(self.detail_mean))
+        scale = z.new_tensor([self.base_scale] * self.base_channels + [1 / std for std in self.detail_std])
+        return mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
+
+
+def with_zero_detail(z_base: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
+    """An ordinary latent ``[B, C, h, w]`` as the base of an image s times the size: ``[B, C + D, h, w]``."""
+    if z_base.ndim != 4 or z_base.shape[1] != spec.base_channels:
+        raise LatentError(
+            f"base latent has shape {list(z_base.shape)}, expected [batch, {spec.base_channels}, height, width]"
+        )
+    batch, _, height, width = z_base.shape
+    return torch.cat([z_base, z_base.new_zeros(batch, spec.detail_channels, height, width)], dim=1)
