@@ -152,17 +152,22 @@ class DAVAE(nn.Module):
         """Store the per-channel statistics of the detail latent, measured on training images."""
         self.config = replace(self.config, latent=replace(self.latent, detail_mean=mean, detail_std=std))
 
-    def encode(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    def encode(
+        self, x: torch.Tensor, generator: torch.Generator | None = None, z_base: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Image to ``[base, detail]`` latent.
 
         Args:
             x: ``[B, 3, H, W]`` in [-1, 1].
+            z_base: ``[B, C, H/(f s), W/(f s)]`` to take as the base latent instead of encoding the small image.
             generator: draws the detail latent from its posterior; without one it is the posterior's mean.
 
         Raises:
-            LatentError: H or W is not a multiple of f s.
+            LatentError: H or W is not a multiple of f s, or ``z_base`` has another shape.
         """
-        return torch.cat([self.encode_base(x), self.encode_detail(x, generator)], dim=1)
+        if z_base is None:
+            z_base = self.encode_base(x)
+        return self._joined(z_base, self.encode_detail(x, generator))
 
     def encode_base(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, 3, H, W]`` in [-1, 1] to the base VAE's mean latent of the 1/s image, ``[B, C, H/(f s), W/(f s)]``."""
@@ -212,15 +217,21 @@ class DAVAE(nn.Module):
         return self.base_decoder(z_base)
 
     def encode_tiled(
-        self, x: torch.Tensor, rows: int = DEFAULT_ROWS, on_strip: Callable[[], None] | None = None
+        self,
+        x: torch.Tensor,
+        z_base: torch.Tensor | None = None,
+        rows: int = DEFAULT_ROWS,
+        on_strip: Callable[[], None] | None = None,
     ) -> torch.Tensor:
         """:meth:`encode` (posterior mean) in strips of ``rows`` image rows: the same latent in less memory."""
         self._check_image(x)
         strips = Strips(rows, on_strip)
         trunk = self.detail_trunk or self.base_encoder
         detail = self.detail_down(trunk.finish(strips.encode(trunk, x)))
-        base = self.base_encoder.finish(strips.encode(self.base_encoder, self.shrink(x)))
-        return torch.cat([latent_from_moments(self.base_encoder.conv_out(base)), latent_from_moments(detail)], dim=1)
+        if z_base is None:
+            base = self.base_encoder.finish(strips.encode(self.base_encoder, self.shrink(x)))
+            z_base = latent_from_moments(self.base_encoder.conv_out(base))
+        return self._joined(z_base, latent_from_moments(detail))
 
     def decode_tiled(
         self,
@@ -232,6 +243,15 @@ class DAVAE(nn.Module):
         """:meth:`decode` in strips of ``rows`` image rows: the same image in less memory."""
         h = self.decoder.mid(self.joint_up(self._decoder_input(z, detail_strength)))
         return Strips(rows, on_strip).decode(self.decoder, h)
+
+    def _joined(self, z_base: torch.Tensor, z_detail: torch.Tensor) -> torch.Tensor:
+        expected = (z_detail.shape[0], self.latent.base_channels, *z_detail.shape[2:])
+        if z_base.shape != expected:
+            raise LatentError(
+                f"the base latent has shape {list(z_base.shape)}, but the image needs {list(expected)}: it must be the "
+                f"ordinary latent of the same image at 1/{self.latent.scale} of the size"
+            )
+        return torch.cat([z_base.to(z_detail), z_detail], dim=1)
 
     def _decoder_input(self, z: torch.Tensor, detail_strength: float) -> torch.Tensor:
         """The decoder sees the base channels in the base VAE's normalised units (as in the authors' release)."""

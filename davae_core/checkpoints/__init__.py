@@ -6,9 +6,11 @@ from .native import (
     load_adapter,
     load_autoencoder,
     load_merged,
+    load_text_encoder,
     save_adapter,
     save_autoencoder,
     save_merged,
+    save_text_encoder,
 )
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "load_adapter",
     "load_autoencoder",
     "load_merged",
+    "load_text_encoder",
     "save_adapter",
     "save_autoencoder",
     "save_merged",
+    "save_text_encoder",
 ]

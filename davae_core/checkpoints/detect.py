@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 FileKind = Literal[
-    "autoencoder", "adapter", "model", "sd3 vae", "vae", "sd3 model", "sd3 checkpoint", "unet", "lora", "unknown"
+    "autoencoder",
+    "adapter",
+    "model",
+    "text_encoder",
+    "sd3 vae",
+    "vae",
+    "sd3 model",
+    "sd3 checkpoint",
+    "unet",
+    "lora",
+    "unknown",
 ]
 CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
@@ -36,6 +46,8 @@ def detect(shapes: Mapping[str, Any]) -> Detected:
         return Detected("autoencoder", "a DA-VAE autoencoder")
     if any_starts("davae.x_embedder."):
         return Detected("adapter", "a DA-VAE adapter")
+    if {"token_embedding.weight", "position_embedding", "pool.weight"} <= names:
+        return Detected("text_encoder", "the text encoder of the tiny model")
     for prefix in ("", *CHECKPOINT_PREFIXES):
         if f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" in names:
             channels = shape(f"{prefix}x_embedder.proj.weight")[1] if f"{prefix}x_embedder.proj.weight" in names else 0

@@ -11,30 +11,17 @@ from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
 
 FORMAT = "1"
-Kind = Literal["autoencoder", "adapter", "model"]
-KINDS: tuple[Kind, ...] = ("autoencoder", "adapter", "model")
+Kind = Literal["autoencoder", "adapter", "model", "text_encoder"]
 
 
-def build(
-    kind: Kind,
-    latent: LatentSpec,
-    recommended: Recommended = Recommended(),
-    *,
-    title: str,
-    author: str = "",
-    licence: str = "",
-    extra: Mapping[str, Any] | None = None,
-) -> dict[str, str]:
+def build(kind: Kind, config: Mapping[str, Any], *, title: str, author: str = "", licence: str = "") -> dict[str, str]:
     """Metadata for :func:`davae_core.checkpoints.files.save`.
 
     Args:
         kind: what the file holds.
-        latent: channels, scale and normalisation.
-        recommended: training size and sampling settings.
+        config: JSON values.
         title, author, licence: for people; stored under ``modelspec.*``.
-        extra: further entries of the configuration, JSON values.
     """
-    config = {"latent": asdict(latent), "recommended": asdict(recommended), **(extra or {})}
     return {
         "davae.format": FORMAT,
         "davae.kind": kind,
@@ -48,16 +35,18 @@ def build(
     }
 
 
+def latent_config(latent: LatentSpec, recommended: Recommended) -> dict[str, Any]:
+    """The part of a configuration that all kinds with a latent share; read back by :func:`latent_of`."""
+    return {"latent": asdict(latent), "recommended": asdict(recommended)}
+
+
 def kind_of(metadata: Mapping[str, str]) -> str | None:
     """The kind the metadata claims, or None for files that are not ours."""
     return metadata.get("davae.kind")
 
 
-def parse(metadata: Mapping[str, str], kind: Kind, file: str) -> tuple[LatentSpec, Recommended, dict[str, Any]]:
-    """Read the metadata of a file of a given kind.
-
-    Returns:
-        The latent, the recommended settings, and the whole configuration.
+def parse(metadata: Mapping[str, str], kind: Kind, file: str) -> dict[str, Any]:
+    """The configuration in the metadata of a file of a given kind.
 
     Raises:
         CheckpointError: the configuration is missing, of another version or kind, or not readable.
@@ -71,11 +60,21 @@ def parse(metadata: Mapping[str, str], kind: Kind, file: str) -> tuple[LatentSpe
         )
     try:
         config = json.loads(metadata["davae.config"])
-        latent = _dataclass(LatentSpec, config["latent"])
-        recommended = _dataclass(Recommended, config.get("recommended", {}))
-    except (KeyError, TypeError, json.JSONDecodeError, DAVAEError) as problem:
+    except (KeyError, json.JSONDecodeError) as problem:
         raise CheckpointError(f"{file}: the configuration in its metadata is damaged ({problem})") from problem
-    return latent, recommended, config
+    return config
+
+
+def latent_of(config: Mapping[str, Any], file: str) -> tuple[LatentSpec, Recommended]:
+    """The latent and the recommended settings in a configuration.
+
+    Raises:
+        CheckpointError: they are missing or make no sense.
+    """
+    try:
+        return _dataclass(LatentSpec, config["latent"]), _dataclass(Recommended, config.get("recommended", {}))
+    except (KeyError, TypeError, DAVAEError) as problem:
+        raise CheckpointError(f"{file}: the configuration in its metadata is damaged ({problem})") from problem
 
 
 def _dataclass(cls: type, values: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from ..davae import DAVAE, DAVAEConfig
 from ..errors import CheckpointError
 from ..latent import LatentSpec
 from ..mmdit import MMDiTConfig
+from ..text_encoder import TextEncoder, TextEncoderConfig
 from . import files, metadata
 from .detect import CHECKPOINT_PREFIXES, FileKind, detect
 
@@ -22,6 +23,7 @@ _WHERE = {
     "autoencoder": "choose a DA-VAE autoencoder (models/vae)",
     "adapter": "choose a DA-VAE adapter (models/loras)",
     "model": "choose a merged DA-VAE model (models/diffusion_models)",
+    "text_encoder": "choose the tiny model's text encoder (models/text_encoders)",
 }
 
 
@@ -35,7 +37,8 @@ def save_autoencoder(
     licence: str = "",
 ) -> None:
     """Write a DA-VAE with its configuration; the old file stays until the new one is whole."""
-    info = metadata.build("autoencoder", model.latent, recommended, title=title, author=author, licence=licence)
+    config = metadata.latent_config(model.latent, recommended)
+    info = metadata.build("autoencoder", config, title=title, author=author, licence=licence)
     files.save(path, model.state_dict(), info)
 
 
@@ -51,7 +54,7 @@ def load_autoencoder(path: PathLike, dtype: torch.dtype | None = None) -> DAVAE:
     """
     state, info = _read(path, "autoencoder")
     name = Path(path).name
-    latent, _, _ = metadata.parse(info, "autoencoder", name)
+    latent, _ = metadata.latent_of(metadata.parse(info, "autoencoder", name), name)
     config = DAVAEConfig.from_state_dict(state)
     _agree(name, config.latent, latent, ("base_channels", "detail_channels", "scale", "base_factor"))
     with torch.device("meta"):
@@ -65,15 +68,8 @@ def save_adapter(
 ) -> None:
     """Write an adapter with its configuration; the old file stays until the new one is whole."""
     config = adapter.config
-    info = metadata.build(
-        "adapter",
-        config.latent,
-        config.recommended,
-        title=title,
-        author=author,
-        licence=licence,
-        extra={"hidden": config.hidden, "patch": config.patch},
-    )
+    told = metadata.latent_config(config.latent, config.recommended)
+    info = metadata.build("adapter", told, title=title, author=author, licence=licence)
     files.save(path, adapter.state, info)
 
 
@@ -81,7 +77,7 @@ def load_adapter(path: PathLike) -> Adapter:
     """Read an adapter; raises as :func:`load_autoencoder` does."""
     state, info = _read(path, "adapter")
     name = Path(path).name
-    latent, recommended, _ = metadata.parse(info, "adapter", name)
+    latent, recommended = metadata.latent_of(metadata.parse(info, "adapter", name), name)
     told = AdapterConfig.from_state_dict(state)
     checked = ["detail_channels"]
     if f"{adapters.PREFIX}{adapters.EMBED}delta.weight" in state:
@@ -103,7 +99,8 @@ def save_merged(
     path: PathLike, model: MergedModel, *, title: str = "DA-VAE merged model", author: str = "", licence: str = ""
 ) -> None:
     """Write a merged model; the old file stays until the new one is whole."""
-    info = metadata.build("model", model.latent, model.recommended, title=title, author=author, licence=licence)
+    config = metadata.latent_config(model.latent, model.recommended)
+    info = metadata.build("model", config, title=title, author=author, licence=licence)
     files.save(path, model.state, info)
 
 
@@ -111,7 +108,7 @@ def load_merged(path: PathLike) -> MergedModel:
     """Read a merged model; raises as :func:`load_autoencoder` does."""
     state, info = _read(path, "model", check=("x_embedder.proj.weight", "final_layer.linear.weight"))
     name = Path(path).name
-    latent, recommended, _ = metadata.parse(info, "model", name)
+    latent, recommended = metadata.latent_of(metadata.parse(info, "model", name), name)
     channels = MMDiTConfig.from_state_dict(state)
     if channels.in_channels != latent.channels or channels.out_channels != latent.channels:
         raise CheckpointError(
@@ -119,6 +116,31 @@ def load_merged(path: PathLike) -> MergedModel:
             f"metadata says {latent.channels}; the file is damaged"
         )
     return MergedModel(state, latent, recommended)
+
+
+def save_text_encoder(
+    path: PathLike, model: TextEncoder, *, title: str = "DA-VAE tiny text encoder", author: str = "", licence: str = ""
+) -> None:
+    """Write the tiny model's text encoder with its vocabulary; the old file stays until the new one is whole."""
+    config = {"vocabulary": list(model.config.vocabulary)}
+    info = metadata.build("text_encoder", config, title=title, author=author, licence=licence)
+    files.save(path, model.state_dict(), info)
+
+
+def load_text_encoder(path: PathLike) -> TextEncoder:
+    """Read the tiny model's text encoder; raises as :func:`load_autoencoder` does."""
+    state, info = _read(path, "text_encoder")
+    name = Path(path).name
+    words = metadata.parse(info, "text_encoder", name).get("vocabulary", ())
+    length, context = state["position_embedding"].shape
+    if len(words) + 2 != state["token_embedding.weight"].shape[0]:
+        rows = state["token_embedding.weight"].shape[0]
+        raise CheckpointError(f"{name}: {len(words)} words do not fit {rows} embeddings; the file is damaged")
+    pooled = state["pool.weight"].shape[0]
+    with torch.device("meta"):
+        model = TextEncoder(TextEncoderConfig(tuple(words), length, context, pooled))
+    _load(model, state, name)
+    return model.eval()
 
 
 def _read(

@@ -1,0 +1,13 @@
+"""The tiny models that ship with the pack: where their files are. Inference never needs more than this."""
+
+from pathlib import Path
+
+MODEL = "davae_tiny_sd35.safetensors"
+TEXT_ENCODER = "davae_tiny_text_encoder.safetensors"
+AUTOENCODER = "davae_tiny_autoencoder.safetensors"
+ADAPTER = "davae_tiny_adapter.safetensors"
+
+_HERE = Path(__file__).parent
+
+# ComfyUI's model kinds, and the folder here that holds files of each.
+FOLDERS = {kind: _HERE / kind for kind in ("diffusion_models", "text_encoders", "vae", "loras")}

@@ -1,0 +1,109 @@
+"""A family of untrained models (random weights in the true layouts), small enough for tests and for the demo.
+
+Random weights prove the wiring, nothing more: what such models draw is noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from davae_core import checkpoints, tiny
+from davae_core.adapter import PREFIX, Adapter, Recommended, merge, zero_adapter
+from davae_core.autoencoder import AutoencoderConfig
+from davae_core.davae import DAVAE, DAVAEConfig
+from davae_core.latent import LatentSpec
+from davae_core.mmdit import MMDiT, MMDiTConfig, sincos_grid
+from davae_core.text_encoder import TextEncoder, TextEncoderConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base model, a DA-VAE, adapters and a merged model that belong together; file names as the tiny family's.
+
+    Attributes:
+        seed: of all weights.
+        base: the base VAE.
+        model: the diffusion model.
+    """
+
+    seed: int = 0
+    base: AutoencoderConfig = AutoencoderConfig(widths=(32, 32, 32, 64), blocks=1)
+    model: MMDiTConfig = MMDiTConfig(hidden=128, depth=2, grid=24, context=64, pooled=32, dual_attention=(0,))
+    recommended: Recommended = Recommended(size=256, shift=2.0, cfg=2.0, steps=3)
+    words: tuple[str, ...] = ("3d", "flat", "peach", "rocket")
+
+    model_file: str = field(default=tiny.MODEL, init=False)
+    text_file: str = field(default=tiny.TEXT_ENCODER, init=False)
+    davae_file: str = field(default=tiny.AUTOENCODER, init=False)
+    adapter_file: str = field(default=tiny.ADAPTER, init=False)
+    zero_adapter_file: str = field(default="davae_zero_adapter.safetensors", init=False)
+    merged_file: str = field(default="davae_merged.safetensors", init=False)
+
+    @property
+    def latent(self) -> LatentSpec:
+        """16 + 16 channels at half the base's scale, with made-up detail statistics."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return LatentSpec(
+            base_channels=self.base.latent_channels,
+            detail_channels=self.base.latent_channels,
+            base_factor=self.base.factor,
+            detail_mean=tuple(torch.randn(self.base.latent_channels, generator=generator).tolist()),
+            detail_std=tuple(torch.empty(self.base.latent_channels).uniform_(0.5, 2, generator=generator).tolist()),
+        )
+
+    def diffusion_model(self) -> MMDiT:
+        """The unadapted model."""
+        torch.manual_seed(self.seed)
+        model = MMDiT(self.model)
+        model.get_buffer("pos_embed").copy_(sincos_grid(self.model.grid, self.model.hidden))
+        return model.eval()
+
+    def davae(self) -> DAVAE:
+        """The autoencoder, with a base decoder."""
+        torch.manual_seed(self.seed + 1)
+        return DAVAE(DAVAEConfig(base=self.base, latent=self.latent, base_decoder=True)).eval()
+
+    def adapter(self, zero: bool = False) -> Adapter:
+        """An adapter that changes everything it can, or the one of step 0."""
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        blank = zero_adapter(self.model, self.latent, rank=4, generator=generator)
+        config = replace(blank.config, recommended=self.recommended)
+        if zero:
+            return Adapter(config, blank.state)
+        state = {
+            name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
+            if tensor.ndim and not tensor.any()
+            else tensor
+            for name, tensor in blank.state.items()
+        }
+        assert any(name.startswith(PREFIX) for name in state)
+        return Adapter(config, state)
+
+    def merged(self) -> checkpoints.MergedModel:
+        """The model with the adapter merged into it."""
+        state = merge(self.diffusion_model().state_dict(), self.adapter())
+        return checkpoints.MergedModel(state, self.latent, self.recommended)
+
+    def write(self, models: Path) -> None:
+        """Put all files into the folders of a ComfyUI ``models`` directory, where they are not there yet."""
+        text = TextEncoder(TextEncoderConfig(self.words, context=self.model.context, pooled=self.model.pooled))
+        files = {
+            models / "diffusion_models" / self.model_file: lambda path: save_file(
+                self.diffusion_model().state_dict(), path
+            ),
+            models / "text_encoders" / self.text_file: lambda path: checkpoints.save_text_encoder(path, text),
+            models / "vae" / self.davae_file: lambda path: checkpoints.save_autoencoder(path, self.davae()),
+            models / "loras" / self.adapter_file: lambda path: checkpoints.save_adapter(path, self.adapter()),
+            models / "loras" / self.zero_adapter_file: lambda path: checkpoints.save_adapter(
+                path, self.adapter(zero=True)
+            ),
+            models / "diffusion_models" / self.merged_file: lambda path: checkpoints.save_merged(path, self.merged()),
+        }
+        for path, make in files.items():
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                make(path)

@@ -1,0 +1,14 @@
+"""What appears in the graph: schema and wiring. The mathematics is in davae_core, ComfyUI internals in comfy_bridge."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import comfy_bridge, detail, loaders, sampling
+
+
+class DAVAEExtension(ComfyExtension):
+    """The nodes of this pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Called by ComfyUI once, at start."""
+        comfy_bridge.register_folders()
+        return [*loaders.NODES, *detail.NODES, *sampling.NODES]

@@ -1,0 +1,28 @@
+"""Where files are looked for: the stock model folders, and the tiny models inside this pack."""
+
+from pathlib import Path
+
+import folder_paths
+
+from ...davae_core import tiny
+from ...davae_core.errors import CheckpointError
+
+
+def register_folders() -> None:
+    """List the files that ship with the pack beside the user's own, for stock and own loaders alike."""
+    for kind, folder in tiny.FOLDERS.items():
+        if folder.is_dir():
+            folder_paths.add_model_folder_path(kind, str(folder))
+
+
+def require_file(kind: str, name: str) -> Path:
+    """The full path of a file chosen in a loader.
+
+    Raises:
+        CheckpointError: it is not there; names the folders it may be put in.
+    """
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        places = " or ".join(str(Path(folder)) for folder in folder_paths.get_folder_paths(kind))
+        raise CheckpointError(f"the file {name!r} was not found; it belongs into {places}. Put it there, then press R")
+    return Path(path)

@@ -1,0 +1,86 @@
+"""Sampling with an adapted MODEL through ComfyUI's own sampler, so that it makes the image the stock KSampler makes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy.model_patcher import ModelPatcher
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+import nodes as comfy_nodes
+
+from ...davae_core.errors import DAVAEError
+from ...davae_core.latent import LatentSpec
+from .model import check_latent, require_adapted
+
+# Where neither the user nor the adapter says anything: the authors' settings for SD3.5-medium at 2048 px.
+FALLBACK_STEPS, FALLBACK_CFG = 30, 2.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sampler settings as in the node's widgets; steps, cfg and shift of 0 mean "as the adapter recommends"."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+    shift: float
+    denoise: float
+
+
+def latent_spec(model: ModelPatcher) -> LatentSpec:
+    """The latent an adapted MODEL works on; a DAVAEError for any other MODEL."""
+    return require_adapted(model.model).davae_latent
+
+
+def sample(
+    model: ModelPatcher, positive: Any, negative: Any, latent: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
+    """Sample a LATENT.
+
+    Args:
+        model: an adapted MODEL.
+        positive, negative: CONDITIONING.
+        latent: LATENT with C + D channels.
+        settings: the node's widgets.
+
+    Raises:
+        DAVAEError: the MODEL is not adapted, the LATENT does not fit, or the CONDITIONING is not SD3's.
+    """
+    inner = require_adapted(model.model)
+    check_latent(inner, latent["samples"].shape)
+    for name, conditioning in (("positive", positive), ("negative", negative)):
+        _check_conditioning(name, conditioning)
+    recommended = inner.davae_recommended
+    return comfy_nodes.common_ksampler(
+        with_shift(model, settings.shift, recommended.shift),
+        settings.seed,
+        settings.steps or recommended.steps or FALLBACK_STEPS,
+        settings.cfg or recommended.cfg or FALLBACK_CFG,
+        settings.sampler,
+        settings.scheduler,
+        positive,
+        negative,
+        latent,
+        denoise=settings.denoise,
+    )[0]
+
+
+def with_shift(model: ModelPatcher, shift: float, recommended: float) -> ModelPatcher:
+    """The MODEL with a time shift: the one asked for, else one already set on the MODEL, else the recommended one."""
+    if not shift and "model_sampling" in model.object_patches:
+        return model
+    chosen = shift or recommended
+    return ModelSamplingSD3().patch(model, chosen)[0] if chosen else model
+
+
+def _check_conditioning(name: str, conditioning: Any) -> None:
+    """SD3 needs a pooled text vector beside the text tokens."""
+    for _, extras in conditioning:
+        if extras.get("pooled_output") is None:
+            raise DAVAEError(
+                f"the {name} CONDITIONING has no pooled text vector, so it was not made by an SD3 text encoder. Load "
+                f"the "
+                "text encoders with TripleCLIPLoader (or the checkpoint's CLIP) and encode the prompt with that"
+            )

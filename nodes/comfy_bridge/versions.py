@@ -1,0 +1,46 @@
+"""Differences between the ComfyUI versions this pack runs on, 0.3.75 to 0.33.0."""
+
+import dataclasses
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+_SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def node_schema(**settings: Any) -> io.Schema:
+    """``io.Schema`` without the settings this ComfyUI does not know yet (search_aliases and the like).
+
+    An unknown setting would raise, and one node that raises takes the whole pack with it.
+    """
+    return io.Schema(**{name: value for name, value in settings.items() if name in _SCHEMA_FIELDS})
+
+
+def intermediate_dtype() -> torch.dtype:
+    """The dtype of latents and images between nodes; always float32 before there was a switch for it."""
+    chosen = getattr(comfy.model_management, "intermediate_dtype", None)
+    return chosen() if chosen else torch.float32
+
+
+def core_patcher(
+    model: torch.nn.Module, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """A patcher of the kind ComfyUI's own loaders use; it is chosen at start, so it is looked up at each call."""
+    kind = ModelPatcher if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", ModelPatcher)
+    return kind(model, load_device=load_device, offload_device=offload_device)
+
+
+def is_dynamic(patcher: ModelPatcher) -> bool:
+    """Whether weights are loaded layer by layer while the model runs; then tensors must be assigned, not copied."""
+    return getattr(patcher, "is_dynamic", bool)()
+
+
+def archive_dtypes(module: torch.nn.Module) -> None:
+    """Tell a ComfyUI that remembers the dtype of every weight that these are the right ones now."""
+    archive = getattr(comfy.model_management, "archive_model_dtypes", None)
+    if archive:
+        archive(module)

@@ -1,0 +1,226 @@
+"""Images to DA-VAE latents and back, and ways between ordinary and DA-VAE latents."""
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..davae_core.errors import LatentError
+from ..davae_core.latent import LatentSpec, with_zero_detail
+from ..davae_core.sizes import crop_to_multiple, pad_to_multiple, round_up
+from . import comfy_bridge
+from .loaders import CATEGORY, DAVAESocket
+
+# Latents of the DiT are cut into patches of 2 x 2, so an image needs twice the autoencoder's factor.
+PATCH = 2
+# Under this name a LATENT keeps the (height, width) its image had before it was padded.
+SIZE_KEY = "davae_image_size"
+
+
+def size_multiple(spec: LatentSpec) -> int:
+    """What both sides of an image must be a multiple of: 32 px for SD3.5."""
+    return spec.factor * PATCH
+
+
+def latent_dict(samples: torch.Tensor, spec: LatentSpec, **extra: object) -> dict:
+    """A LATENT; newer ComfyUI reads the spatial factor of empty ones."""
+    return {"samples": samples, "downscale_ratio_spacial": spec.factor, **extra}
+
+
+class DetailEncode(io.ComfyNode):
+    """Image to DA-VAE latent."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return comfy_bridge.node_schema(
+            node_id="DAVAE_DetailEncode",
+            display_name="Detail Encode",
+            category=CATEGORY,
+            description="Encodes an image into a DA-VAE latent (base and detail channels), in strips where memory is "
+            "short.",
+            search_aliases=["DAVAE", "VAE encode"],
+            inputs=[
+                io.Image.Input("image", tooltip="Any size; see size_rule."),
+                DAVAESocket.Input("davae", tooltip="From the DA-VAE Loader."),
+                io.Combo.Input(
+                    "size_rule",
+                    options=["pad", "crop"],
+                    default="pad",
+                    tooltip="For sizes that are no multiple of 32. pad: repeat the last row and column; Detail Decode "
+                    "cuts "
+                    "them off again. crop: cut equally from both sides, as VAE Encode does.",
+                ),
+                io.Latent.Input(
+                    "base_latent",
+                    optional=True,
+                    tooltip="An ordinary latent of the same image at half the size, to use as the base instead of "
+                    "encoding "
+                    "it here (for example of an image you edited at half size).",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="LATENT", tooltip="The DA-VAE latent."),
+                io.Latent.Output(
+                    display_name="base LATENT", tooltip="Its base: the ordinary latent of the half-size image."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, davae, size_rule: str, base_latent=None) -> io.NodeOutput:
+        spec = davae.latent
+        rule = pad_to_multiple if size_rule == "pad" else crop_to_multiple
+        pixels = rule(image[..., :3], size_multiple(spec))
+        samples = davae.encode(pixels, None if base_latent is None else base_latent["samples"])
+        base = {"samples": samples[:, : spec.base_channels].clone()}
+        size = tuple(image.shape[1:3]) if size_rule == "pad" else tuple(pixels.shape[1:3])
+        return io.NodeOutput(latent_dict(samples, spec, **{SIZE_KEY: size}), base)
+
+
+class DetailDecode(io.ComfyNode):
+    """DA-VAE latent to image."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return comfy_bridge.node_schema(
+            node_id="DAVAE_DetailDecode",
+            display_name="Detail Decode",
+            category=CATEGORY,
+            description="Decodes a DA-VAE latent into an image, in strips where memory is short (the same image, no "
+            "seams).",
+            search_aliases=["DAVAE", "VAE decode"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="A DA-VAE latent."),
+                DAVAESocket.Input("davae", tooltip="From the DA-VAE Loader."),
+                io.Float.Input(
+                    "detail_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="0: the base alone. 1: as trained. Above 1: exaggerated detail.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="IMAGE")],
+        )
+
+    @classmethod
+    def execute(cls, samples, davae, detail_strength: float) -> io.NodeOutput:
+        z, spec = samples["samples"], davae.latent
+        require_davae_latent(z, spec)
+        image = davae.decode(z, detail_strength)
+        height, width = samples.get(SIZE_KEY, image.shape[1:3])
+        if [round_up(side, size_multiple(spec)) for side in (height, width)] == list(image.shape[1:3]):
+            image = image[:, :height, :width]  # what Detail Encode padded
+        return io.NodeOutput(image)
+
+
+class EmptyLatent(io.ComfyNode):
+    """An empty DA-VAE latent."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return comfy_bridge.node_schema(
+            node_id="DAVAE_EmptyLatent",
+            display_name="Empty DA-VAE Latent",
+            category=CATEGORY,
+            description="An empty latent to sample an image from nothing. Sizes are rounded up to the next multiple "
+            "of 32. "
+            "The stock Empty Latent nodes make latents of another factor.",
+            search_aliases=["DAVAE", "empty latent", "EmptySD3LatentImage"],
+            inputs=[
+                io.Int.Input("width", default=1024, min=32, max=16384, step=32, tooltip="Of the image, in pixels."),
+                io.Int.Input("height", default=1024, min=32, max=16384, step=32, tooltip="Of the image, in pixels."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many images."),
+                DAVAESocket.Input(
+                    "davae",
+                    optional=True,
+                    tooltip="Needed only for a DA-VAE of another shape than SD3.5's (16 + 16, 1/16).",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT")],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, batch_size: int, davae=None) -> io.NodeOutput:
+        return io.NodeOutput(cls.empty(width, height, batch_size, davae.latent if davae else LatentSpec()))
+
+    @staticmethod
+    def empty(width: int, height: int, batch_size: int, spec: LatentSpec) -> dict:
+        """A LATENT of zeros for images of at least ``width x height`` pixels."""
+        rows, columns = (round_up(side, size_multiple(spec)) // spec.factor for side in (height, width))
+        device = comfy.model_management.intermediate_device()
+        return latent_dict(torch.zeros(batch_size, spec.channels, rows, columns, device=device), spec)
+
+
+class FromBaseLatent(io.ComfyNode):
+    """Ordinary SD3 latent to DA-VAE latent."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return comfy_bridge.node_schema(
+            node_id="DAVAE_FromBaseLatent",
+            display_name="Base to DA-VAE Latent",
+            category=CATEGORY,
+            description="Makes an ordinary SD3.5 latent the base of an image twice its size, with no detail yet. "
+            "Sample it "
+            "with denoise below 1 to add the detail.",
+            search_aliases=["DAVAE", "upscale latent"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="An ordinary SD3 / SD3.5 latent (16 channels)."),
+                DAVAESocket.Input(
+                    "davae", optional=True, tooltip="Needed only for a DA-VAE of another shape than SD3.5's."
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT")],
+        )
+
+    @classmethod
+    def execute(cls, samples, davae=None) -> io.NodeOutput:
+        spec = davae.latent if davae else LatentSpec()
+        rest = {key: value for key, value in samples.items() if key != SIZE_KEY}
+        return io.NodeOutput({**rest, **latent_dict(with_zero_detail(samples["samples"], spec), spec)})
+
+
+class ToBaseLatent(io.ComfyNode):
+    """DA-VAE latent to ordinary SD3 latent."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return comfy_bridge.node_schema(
+            node_id="DAVAE_ToBaseLatent",
+            display_name="DA-VAE to Base Latent",
+            category=CATEGORY,
+            description="Takes the base channels of a DA-VAE latent: the ordinary SD3.5 latent of the half-size image.",
+            search_aliases=["DAVAE", "base latent"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="A DA-VAE latent."),
+                DAVAESocket.Input(
+                    "davae", optional=True, tooltip="Needed only for a DA-VAE of another shape than SD3.5's."
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="base LATENT", tooltip="For the base VAE or the unadapted model.")],
+        )
+
+    @classmethod
+    def execute(cls, samples, davae=None) -> io.NodeOutput:
+        spec = davae.latent if davae else LatentSpec()
+        z = samples["samples"]
+        require_davae_latent(z, spec)
+        rest = {key: value for key, value in samples.items() if key not in (SIZE_KEY, "downscale_ratio_spacial")}
+        return io.NodeOutput({**rest, "samples": z[:, : spec.base_channels].clone()})
+
+
+def require_davae_latent(z: torch.Tensor, spec: LatentSpec) -> None:
+    """Raise LatentError, in the words of the graph, unless ``z`` is a DA-VAE latent."""
+    if z.ndim == 4 and z.shape[1] == spec.base_channels:
+        raise LatentError(
+            f"the LATENT has {z.shape[1]} channels: it is an ordinary latent, expected a DA-VAE latent of "
+            f"{spec.channels} "
+            f"({spec.base_channels} base + {spec.detail_channels} detail). Decode it with its own VAE, or turn it "
+            f"into one "
+            "with Base to DA-VAE Latent"
+        )
+    spec.check(z, "the LATENT")
+
+
+NODES = [DetailEncode, DetailDecode, EmptyLatent, FromBaseLatent, ToBaseLatent]

@@ -1,0 +1,122 @@
+"""The Adapted SD3.5 Sampler."""
+
+import comfy.samplers
+import folder_paths
+from comfy_api.latest import io
+
+from ..davae_core import checkpoints
+from . import comfy_bridge
+from .detail import EmptyLatent
+from .loaders import CATEGORY
+
+NO_ADAPTER = "(already adapted)"
+
+
+class AdaptedSampler(io.ComfyNode):
+    """Sample with an adapted SD3.5."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return comfy_bridge.node_schema(
+            node_id="DAVAE_Sampler",
+            display_name="Adapted SD3.5 Sampler",
+            category=CATEGORY,
+            description="KSampler for adapted models: the same image for the same settings, with the adapter's "
+            "recommended "
+            "settings where a widget is left at 0.",
+            search_aliases=["DAVAE", "KSampler", "SD3.5"],
+            inputs=[
+                io.Model.Input("model", tooltip="An adapted model, or an unadapted one and an adapter chosen below."),
+                io.Combo.Input(
+                    "adapter_name",
+                    options=[NO_ADAPTER, *folder_paths.get_filename_list("loras")],
+                    default=NO_ADAPTER,
+                    tooltip="A DA-VAE adapter file to apply to the MODEL at full strength, in place of a DA-VAE "
+                    "Adapter node.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What the image should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the noise. Same seed and settings, same image.",
+                ),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=10000, tooltip="Sampling steps. 0: as the adapter recommends."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance. 1: none (twice as fast). 0: as the adapter recommends.",
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="Sampler."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="Noise schedule."
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="Time shift: larger spends more steps on the layout. 0: as set on the MODEL by "
+                    "ModelSamplingSD3, "
+                    "else as the adapter recommends.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Below 1 keeps part of the LATENT's picture.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=1024,
+                    min=32,
+                    max=16384,
+                    step=32,
+                    tooltip="Of the image, where no LATENT is connected.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=1024,
+                    min=32,
+                    max=16384,
+                    step=32,
+                    tooltip="Of the image, where no LATENT is connected.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="A DA-VAE latent to start from; its size counts, not the one above.",
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="For Detail Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, adapter_name, positive, negative, seed, steps, cfg, sampler_name, scheduler, shift, denoise, width,
+        height, latent=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        if adapter_name != NO_ADAPTER:
+            adapter = checkpoints.load_adapter(comfy_bridge.require_file("loras", adapter_name))
+            model = comfy_bridge.apply_adapter(model, adapter, 1.0, adapter_name)
+        spec = comfy_bridge.latent_spec(model)
+        if latent is None:
+            latent = EmptyLatent.empty(width, height, 1, spec)
+        settings = comfy_bridge.Settings(seed, steps, cfg, sampler_name, scheduler, shift, denoise)
+        return io.NodeOutput(comfy_bridge.sample(model, positive, negative, latent, settings))
+
+
+NODES = [AdaptedSampler]
