@@ -210,7 +210,9 @@ def widen(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 
     def changed(name: str, part: str) -> torch.Tensor:
         delta = adapter.state.get(f"{PREFIX}{name}delta.{part}")
         tensor = base[f"{name}{part}"]
-        return tensor if delta is None else tensor + (strength * delta.float()).to(tensor)
+        return (
+            tensor if delta is None else (tensor.float() + strength * delta.to(tensor.device).float()).to(tensor.dtype)
+        )
 
     def per_token(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(0, (positions, -1))

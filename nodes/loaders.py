@@ -48,6 +48,14 @@ class DAVAELoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, davae_name: str) -> bool | str:
+        return comfy_bridge.check_file("vae", davae_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, davae_name: str, **_: object) -> str:
+        return comfy_bridge.file_stamp("vae", davae_name)
+
+    @classmethod
     def execute(cls, davae_name: str, dtype: str) -> io.NodeOutput:
         handle = comfy_bridge.load_autoencoder(comfy_bridge.require_file("vae", davae_name), DTYPES[dtype])
         return io.NodeOutput(handle.stock_vae(), handle.base_vae(), handle)
@@ -87,6 +95,14 @@ class DAVAEAdapter(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, adapter_name: str) -> bool | str:
+        return comfy_bridge.check_file("loras", adapter_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str, **_: object) -> str:
+        return comfy_bridge.file_stamp("loras", adapter_name)
+
+    @classmethod
     def execute(cls, model, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = checkpoints.load_adapter(comfy_bridge.require_file("loras", adapter_name))
         return io.NodeOutput(comfy_bridge.apply_adapter(model, adapter, strength, adapter_name))
@@ -118,6 +134,14 @@ class DAVAEModelLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The adapted model; use it with DA-VAE latents.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str) -> bool | str:
+        return comfy_bridge.check_file("diffusion_models", model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
+        return comfy_bridge.file_stamp("diffusion_models", model_name)
 
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:

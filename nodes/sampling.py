@@ -105,6 +105,14 @@ class AdaptedSampler(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, adapter_name: str) -> bool | str:
+        return adapter_name == NO_ADAPTER or comfy_bridge.check_file("loras", adapter_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str, **_: object) -> str:
+        return comfy_bridge.file_stamp("loras", adapter_name)
+
+    @classmethod
     def execute(
         cls, model, adapter_name, positive, negative, seed, steps, cfg, sampler_name, scheduler, shift, denoise, width,
         height, latent=None,

@@ -15,6 +15,24 @@ def register_folders() -> None:
             folder_paths.add_model_folder_path(kind, str(folder))
 
 
+def file_stamp(kind: str, name: str) -> str:
+    """For a node's ``fingerprint_inputs``: changes when the file does, so that a replaced file is loaded anew."""
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        return "missing"
+    info = Path(path).stat()
+    return f"{path} {info.st_size} {info.st_mtime_ns}"
+
+
+def check_file(kind: str, name: str) -> bool | str:
+    """For a node's ``validate_inputs``: True, or the message of :func:`require_file`."""
+    try:
+        require_file(kind, name)
+    except CheckpointError as problem:
+        return str(problem)
+    return True
+
+
 def require_file(kind: str, name: str) -> Path:
     """The full path of a file chosen in a loader.
 
@@ -23,6 +41,6 @@ def require_file(kind: str, name: str) -> Path:
     """
     path = folder_paths.get_full_path(kind, name)
     if path is None:
-        places = " or ".join(str(Path(folder)) for folder in folder_paths.get_folder_paths(kind))
+        places = " or ".join(folder_paths.get_folder_paths(kind))
         raise CheckpointError(f"the file {name!r} was not found; it belongs into {places}. Put it there, then press R")
     return Path(path)

@@ -3,7 +3,18 @@
 import comfy.latent_formats
 import torch
 
+from ...davae_core.errors import LatentError
 from ...davae_core.latent import LatentSpec
+
+
+def require_channels(spec: LatentSpec, shape: tuple[int, ...]) -> None:
+    """Raise LatentError, in the words of the graph, unless this is the shape of a latent for an adapted model."""
+    if len(shape) != 4 or shape[1] != spec.channels:
+        raise LatentError(
+            f"the LATENT has {shape[1] if len(shape) > 1 else 'no'} channels, but the adapted MODEL works on "
+            f"{spec.channels} ({spec.base_channels} base + {spec.detail_channels} detail). Make it with Empty DA-VAE "
+            "Latent or Detail Encode, or turn an ordinary SD3 latent into one with Base to DA-VAE Latent"
+        )
 
 
 def latent_format(spec: LatentSpec) -> type[comfy.latent_formats.LatentFormat]:
@@ -22,6 +33,7 @@ def latent_format(spec: LatentSpec) -> type[comfy.latent_formats.LatentFormat]:
             self.latent_rgb_factors = base + [[0.0, 0.0, 0.0]] * (spec.channels - len(base))
 
         def process_in(self, latent: torch.Tensor) -> torch.Tensor:
+            require_channels(spec, latent.shape)
             return spec.normalise(latent)
 
         def process_out(self, latent: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import comfy.supported_models
 from ...davae_core.adapter import Recommended
 from ...davae_core.errors import DAVAEError, LatentError
 from ...davae_core.latent import LatentSpec
-from .latent_format import latent_format
+from .latent_format import latent_format, require_channels
 
 
 class AdaptedSD3(comfy.model_base.SD3):
@@ -27,27 +27,34 @@ class AdaptedSD3(comfy.model_base.SD3):
         noise = kwargs.get("noise")
         if noise is not None:
             check_latent(self, noise.shape)
+        check_conditioning(self, kwargs.get("cross_attn"), kwargs.get("pooled_output"))
         return super().extra_conds(**kwargs)
 
 
 def check_latent(model: comfy.model_base.BaseModel, shape: tuple[int, ...]) -> None:
     """Raise LatentError unless a latent of this shape can be sampled with an adapted model."""
     spec: LatentSpec = model.davae_latent
-    if len(shape) != 4 or shape[1] != spec.channels:
-        raise LatentError(
-            f"the LATENT has {shape[1] if len(shape) > 1 else 'no'} channels, but the adapted MODEL works on "
-            f"{spec.channels} ({spec.base_channels} base + {spec.detail_channels} detail). Make it with Empty DA-VAE "
-            f"Latent "
-            "or Detail Encode, or turn an ordinary SD3 latent into one with Base to DA-VAE Latent"
-        )
+    require_channels(spec, shape)
     network = model.diffusion_model
     most = network.pos_embed_max_size * network.patch_size
     if max(shape[2:]) > most:
         width, height = shape[3] * spec.factor, shape[2] * spec.factor
         raise LatentError(
             f"{width} x {height} px is too large for this model: its position grid ends at {most * spec.factor} px a "
-            f"side. "
-            "Choose a smaller size"
+            "side. Choose a smaller size"
+        )
+
+
+def check_conditioning(model: comfy.model_base.BaseModel, context: Any, pooled: Any) -> None:
+    """Raise DAVAEError unless a CONDITIONING has the text tokens and the pooled vector that the model reads."""
+    network = model.diffusion_model
+    wanted = (network.context_embedder.in_features, network.y_embedder.mlp[0].in_features)
+    given = tuple(0 if part is None else part.shape[-1] for part in (context, pooled))
+    if given != wanted:
+        raise DAVAEError(
+            f"the CONDITIONING has text tokens of width {given[0]} and a pooled vector of width {given[1]}, but the "
+            f"MODEL reads {wanted[0]} and {wanted[1]}. Encode the prompts with the text encoders that belong to the "
+            "MODEL (for SD3.5: TripleCLIPLoader, or the checkpoint's CLIP)"
         )
 
 

@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from ...davae_core.adapter import EMBED, HEAD, WIDENED, Adapter, check_fits, widen
 from ...davae_core.errors import DAVAEError
 from .model import AdaptedSD3, describe, is_sd3, model_config
-from .versions import archive_dtypes
+from .versions import archive_dtypes, inference_dtype, unload
 
 NETWORK = "diffusion_model."
 
@@ -66,6 +66,7 @@ class _Rebuild:
 
     def _new_model(self) -> AdaptedSD3:
         """The inner model: new embedder and head, every other tensor shared with the base."""
+        unload(self.base)
         old = self.base.model
         spec = self.adapter.config.latent
         config = model_config(spec, old.model_config.unet_config)
@@ -76,7 +77,7 @@ class _Rebuild:
         quantised = any(name in known and getattr(old.model_config, name) for name in ("scaled_fp8", "quant_config"))
 
         state = self._original_weights()
-        plain = {name: self._plain_weight(state, name) for name in WIDENED}
+        plain = {name: self._plain_weight(name) for name in WIDENED}
         check_fits(self.adapter.config, tuple(plain[WIDENED[0]].shape), tuple(plain[WIDENED[2]].shape))
         for name in [name for name in state if name.startswith((EMBED, HEAD))]:
             if name.endswith(("scale_weight", "scale_input")):
@@ -100,22 +101,22 @@ class _Rebuild:
         archive_dtypes(model.diffusion_model)
         return model
 
-    def _original_weights(self) -> dict[str, torch.Tensor]:
-        """The base network's tensors as loaded from the file: a LoRA that is in use lives in the weights, and the
-        patcher keeps the originals."""
-        state = dict(self.base.model_state_dict(NETWORK))
-        for key, saved in {**self.base.backup, **self.base.hook_backup}.items():
-            if key in state:
-                state[key] = saved[0]
-        return {key.removeprefix(NETWORK): value for key, value in state.items()}
+    def _saved(self) -> dict[str, torch.Tensor]:
+        """Tensors as loaded from the file, of layers that hold a LoRA's result now: a LoRA that is in use lives in the
+        weights, and the patcher keeps the originals."""
+        return {key: saved[0] for key, saved in {**self.base.backup, **self.base.hook_backup}.items()}
 
-    def _plain_weight(self, state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        """A tensor of the base without its quantisation."""
-        _, _, convert = comfy.model_patcher.get_key_weight(self.base.model, NETWORK + name)
-        tensor = state[name]
-        if convert is None:
-            return tensor
-        return convert(tensor, inplace=False).to(self.base.model.get_dtype_inference())
+    def _original_weights(self) -> dict[str, torch.Tensor]:
+        """The base network's state dict, without LoRA, by names of the SD3.5 layout."""
+        state = self.base.model_state_dict(NETWORK)
+        saved = {key: tensor for key, tensor in self._saved().items() if key in state}
+        return {key.removeprefix(NETWORK): tensor for key, tensor in {**state, **saved}.items()}
+
+    def _plain_weight(self, name: str) -> torch.Tensor:
+        """A tensor of the base network without LoRA or quantisation, in the dtype the network computes in."""
+        weight, _, convert = comfy.model_patcher.get_key_weight(self.base.model, NETWORK + name)
+        weight = self._saved().get(NETWORK + name, weight)
+        return (weight if convert is None else convert(weight, inplace=False)).to(inference_dtype(self.base.model))
 
     def _new_patcher(self, model: AdaptedSD3, disable_dynamic: bool) -> ModelPatcher:
         """A patcher of the base's kind around the new model, carrying what the user put on the base."""

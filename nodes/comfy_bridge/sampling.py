@@ -8,7 +8,6 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
 import nodes as comfy_nodes
 
-from ...davae_core.errors import DAVAEError
 from ...davae_core.latent import LatentSpec
 from .model import check_latent, require_adapted
 
@@ -46,12 +45,10 @@ def sample(
         settings: the node's widgets.
 
     Raises:
-        DAVAEError: the MODEL is not adapted, the LATENT does not fit, or the CONDITIONING is not SD3's.
+        DAVAEError: the MODEL is not adapted, the LATENT does not fit, or the CONDITIONING is not the MODEL's.
     """
     inner = require_adapted(model.model)
     check_latent(inner, latent["samples"].shape)
-    for name, conditioning in (("positive", positive), ("negative", negative)):
-        _check_conditioning(name, conditioning)
     recommended = inner.davae_recommended
     return comfy_nodes.common_ksampler(
         with_shift(model, settings.shift, recommended.shift),
@@ -73,14 +70,3 @@ def with_shift(model: ModelPatcher, shift: float, recommended: float) -> ModelPa
         return model
     chosen = shift or recommended
     return ModelSamplingSD3().patch(model, chosen)[0] if chosen else model
-
-
-def _check_conditioning(name: str, conditioning: Any) -> None:
-    """SD3 needs a pooled text vector beside the text tokens."""
-    for _, extras in conditioning:
-        if extras.get("pooled_output") is None:
-            raise DAVAEError(
-                f"the {name} CONDITIONING has no pooled text vector, so it was not made by an SD3 text encoder. Load "
-                f"the "
-                "text encoders with TripleCLIPLoader (or the checkpoint's CLIP) and encode the prompt with that"
-            )

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import torch
@@ -37,6 +38,18 @@ def core_patcher(
 def is_dynamic(patcher: ModelPatcher) -> bool:
     """Whether weights are loaded layer by layer while the model runs; then tensors must be assigned, not copied."""
     return getattr(patcher, "is_dynamic", bool)()
+
+
+def inference_dtype(model: comfy.model_base.BaseModel) -> torch.dtype:
+    """The dtype a model computes in, which is not that of its weights when those are cast on the fly."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+def unload(patcher: ModelPatcher) -> None:
+    """Take a model's LoRA out of its weights and its weights off the GPU, where ComfyUI can do that for one model."""
+    unload_one = getattr(comfy.model_management, "unload_model_and_clones", None)
+    if unload_one:
+        unload_one(patcher)
 
 
 def archive_dtypes(module: torch.nn.Module) -> None:

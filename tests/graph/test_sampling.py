@@ -23,8 +23,9 @@ def user_lora(base, toys):
 
 
 def weights(model) -> dict[str, torch.Tensor]:
-    """Copies of all tensors of a MODEL's inner model."""
-    return {key: value.clone() for key, value in model.model.state_dict().items()}
+    """Copies of all tensors of a MODEL's inner model, as loaded: ComfyUI keeps them aside while a LoRA is in use."""
+    kept = {key: saved[0] for key, saved in model.backup.items()}
+    return {key: value.clone() for key, value in {**model.model.state_dict(), **kept}.items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
