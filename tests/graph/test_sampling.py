@@ -238,3 +238,37 @@ def test_strength_scales_what_the_adapter_changes_in_the_pretrained_weights(run,
     out = {key: value["samples"] for key, value in run(build).items()}
     assert (out["0.5"] - out["1.0"]).abs().max() > 1e-3
     assert (out["0.0"] - out["0.5"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_lora_on_the_embedder_or_the_head_loses_those_layers_with_a_warning(base, comfy, run, toys, where):
+    hidden, file = toys.family.model.hidden, "ends_lora.safetensors"
+    trunk = {
+        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.randn(2, hidden),
+        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": 0.1 * torch.randn(hidden, 2),
+    }
+    ends = {
+        "diffusion_model.final_layer.linear.lora_A.weight": torch.randn(2, hidden),
+        "diffusion_model.final_layer.linear.lora_B.weight": torch.randn(64, 2),
+        "diffusion_model.x_embedder.proj.lora_A.weight": torch.randn(2, 16, 2, 2),
+        "diffusion_model.x_embedder.proj.lora_B.weight": torch.randn(hidden, 2, 1, 1),
+    }
+    save_file(trunk, base / "models" / "loras" / f"trunk_{file}")
+    save_file({**trunk, **ends}, base / "models" / "loras" / file)
+
+    def sampled(name):
+        def build(g):
+            def with_lora(model):
+                return g.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
+
+            model = toys.model(g)
+            model = toys.adapter(g, with_lora(model)) if where == "before" else with_lora(toys.adapter(g, model))
+            return {"latent": toys.ksampler(g, model, toys.empty(g))}
+
+        return run(build)["latent"]["samples"]
+
+    expected = sampled(f"trunk_{file}")
+    seen = len(comfy.log)
+    assert torch.allclose(sampled(file), expected, atol=1e-5)
+    log = "\n".join(comfy.log[seen:])
+    assert "final_layer.linear" in log and "x_embedder.proj" in log
