@@ -10,6 +10,7 @@ Source: arXiv 2603.22125 sec. 3.1 and the structure of the authors' SD3 release.
     base_decoder.*        optional: the base VAE's own decoder, for half-size previews
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -47,10 +48,6 @@ class DAVAEConfig:
                 f"the latent ({self.latent.base_channels} base channels at 1/{self.latent.base_factor}) does not fit "
                 f"the base VAE ({self.base.latent_channels} channels at 1/{self.base.factor})"
             )
-        if 2 * self.latent.detail_channels % self.latent.scale**2:
-            raise DAVAEError(
-                f"2 D must be a multiple of s^2: got D = {self.latent.detail_channels}, s = {self.latent.scale}"
-            )
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, torch.Tensor]) -> "DAVAEConfig":
@@ -61,15 +58,14 @@ class DAVAEConfig:
         """
         base = AutoencoderConfig.from_state_dict(state, "base_encoder.")
         try:
-            up, down = state["joint_up.conv.weight"], state["detail_down.conv.weight"]
+            up = state["joint_up.conv.weight"]  # [width s^2, C + D, 3, 3]
         except KeyError as missing:
             raise CheckpointError(f"not a DA-VAE: the tensor {missing} is not there") from missing
-        area = up.shape[0] // base.feature_channels
         shift, scale = BASE_NORMALISATION.get(base.latent_channels, (0.0, 1.0))
         latent = LatentSpec(
             base_channels=base.latent_channels,
-            detail_channels=down.shape[0] * area // 2,
-            scale=round(area**0.5),
+            detail_channels=up.shape[1] - base.latent_channels,
+            scale=math.isqrt(up.shape[0] // base.feature_channels),
             base_factor=base.factor,
             base_shift=shift,
             base_scale=scale,
@@ -86,19 +82,24 @@ class DownBlock(nn.Module):
     """``[B, in, h, w] -> [B, out, h/s, w/s]``: convolution and pixel-unshuffle, plus a shortcut.
 
     The shortcut averages groups of the unshuffled channels; where they do not divide evenly it is a 1x1 convolution.
+    Where ``out`` is no multiple of s^2, a convolution of stride s takes the place of the pixel-unshuffle.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
         self.scale, self.out_channels = scale, out_channels
-        self.conv = nn.Conv2d(in_channels, out_channels // scale**2, 3, padding=1)
+        self.strided = out_channels % scale**2 != 0
+        if self.strided:
+            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=scale, padding=1)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels // scale**2, 3, padding=1)
         unshuffled = in_channels * scale**2
         self.shortcut = _zero_conv(unshuffled, out_channels) if unshuffled % out_channels else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.pixel_unshuffle(x, self.scale)
         y = self.shortcut(y) if self.shortcut else y.unflatten(1, (self.out_channels, -1)).mean(dim=2)
-        return F.pixel_unshuffle(self.conv(x), self.scale) + y
+        return y + (self.conv(x) if self.strided else F.pixel_unshuffle(self.conv(x), self.scale))
 
 
 class UpBlock(nn.Module):

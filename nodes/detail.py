@@ -1,5 +1,7 @@
 """Images to DA-VAE latents and back, and ways between ordinary and DA-VAE latents."""
 
+from typing import Any
+
 import comfy.model_management
 import torch
 from comfy_api.latest import io
@@ -9,6 +11,8 @@ from ..davae_core.latent import LatentSpec, with_zero_detail
 from ..davae_core.sizes import crop_to_multiple, pad_to_multiple, round_up
 from . import comfy_bridge
 from .loaders import CATEGORY, DAVAESocket
+
+Latent = dict[str, Any]
 
 # Latents of the DiT are cut into patches of 2 x 2, so an image needs twice the autoencoder's factor.
 PATCH = 2
@@ -21,7 +25,7 @@ def size_multiple(spec: LatentSpec) -> int:
     return spec.factor * PATCH
 
 
-def latent_dict(samples: torch.Tensor, spec: LatentSpec, **extra: object) -> dict:
+def latent_dict(samples: torch.Tensor, spec: LatentSpec, **extra: object) -> Latent:
     """A LATENT; newer ComfyUI reads the spatial factor of empty ones."""
     return {"samples": samples, "downscale_ratio_spacial": spec.factor, **extra}
 
@@ -66,7 +70,13 @@ class DetailEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, davae, size_rule: str, base_latent=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        image: torch.Tensor,
+        davae: comfy_bridge.AutoencoderHandle,
+        size_rule: str,
+        base_latent: Latent | None = None,
+    ) -> io.NodeOutput:
         spec = davae.latent
         rule = pad_to_multiple if size_rule == "pad" else crop_to_multiple
         pixels = rule(image[..., :3], size_multiple(spec))
@@ -104,7 +114,7 @@ class DetailDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, davae, detail_strength: float) -> io.NodeOutput:
+    def execute(cls, samples: Latent, davae: comfy_bridge.AutoencoderHandle, detail_strength: float) -> io.NodeOutput:
         z, spec = samples["samples"], davae.latent
         require_davae_latent(z, spec)
         image = davae.decode(z, detail_strength)
@@ -141,11 +151,13 @@ class EmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, width: int, height: int, batch_size: int, davae=None) -> io.NodeOutput:
+    def execute(
+        cls, width: int, height: int, batch_size: int, davae: comfy_bridge.AutoencoderHandle | None = None
+    ) -> io.NodeOutput:
         return io.NodeOutput(cls.empty(width, height, batch_size, davae.latent if davae else LatentSpec()))
 
     @staticmethod
-    def empty(width: int, height: int, batch_size: int, spec: LatentSpec) -> dict:
+    def empty(width: int, height: int, batch_size: int, spec: LatentSpec) -> Latent:
         """A LATENT of zeros for images of at least ``width x height`` pixels."""
         rows, columns = (round_up(side, size_multiple(spec)) // spec.factor for side in (height, width))
         device = comfy.model_management.intermediate_device()
@@ -175,7 +187,7 @@ class FromBaseLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, davae=None) -> io.NodeOutput:
+    def execute(cls, samples: Latent, davae: comfy_bridge.AutoencoderHandle | None = None) -> io.NodeOutput:
         spec = davae.latent if davae else LatentSpec()
         rest = {key: value for key, value in samples.items() if key != SIZE_KEY}
         return io.NodeOutput({**rest, **latent_dict(with_zero_detail(samples["samples"], spec), spec)})
@@ -202,7 +214,7 @@ class ToBaseLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, samples, davae=None) -> io.NodeOutput:
+    def execute(cls, samples: Latent, davae: comfy_bridge.AutoencoderHandle | None = None) -> io.NodeOutput:
         spec = davae.latent if davae else LatentSpec()
         z = samples["samples"]
         require_davae_latent(z, spec)

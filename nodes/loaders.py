@@ -2,6 +2,7 @@
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..davae_core import checkpoints
@@ -103,7 +104,7 @@ class DAVAEAdapter(io.ComfyNode):
         return comfy_bridge.file_stamp("loras", adapter_name)
 
     @classmethod
-    def execute(cls, model, adapter_name: str, strength: float) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = checkpoints.load_adapter(comfy_bridge.require_file("loras", adapter_name))
         return io.NodeOutput(comfy_bridge.apply_adapter(model, adapter, strength, adapter_name))
 

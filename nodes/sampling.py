@@ -2,11 +2,12 @@
 
 import comfy.samplers
 import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..davae_core import checkpoints
 from . import comfy_bridge
-from .detail import EmptyLatent
+from .detail import EmptyLatent, Latent
 from .loaders import CATEGORY
 
 NO_ADAPTER = "(already adapted)"
@@ -114,9 +115,22 @@ class AdaptedSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, adapter_name, positive, negative, seed, steps, cfg, sampler_name, scheduler, shift, denoise, width,
-        height, latent=None,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model: ModelPatcher,
+        adapter_name: str,
+        positive: list,
+        negative: list,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        shift: float,
+        denoise: float,
+        width: int,
+        height: int,
+        latent: Latent | None = None,
+    ) -> io.NodeOutput:
         if adapter_name != NO_ADAPTER:
             adapter = checkpoints.load_adapter(comfy_bridge.require_file("loras", adapter_name))
             model = comfy_bridge.apply_adapter(model, adapter, 1.0, adapter_name)

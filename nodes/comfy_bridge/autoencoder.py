@@ -202,11 +202,13 @@ def load_autoencoder(path: Path, dtype: torch.dtype | None = None) -> Autoencode
 class _Stage(nn.Module):
     """What a stock VAE object calls its first-stage model: a face of the DA-VAE, which it does not own."""
 
+    model: DAVAE
+
     def __init__(self, model: DAVAE) -> None:
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: the DA-VAE's own patcher moves its weights
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The DA-VAE's tensors, for nodes that save a VAE."""
         return self.model.state_dict(*args, **kwargs)
 

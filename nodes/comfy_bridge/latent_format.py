@@ -29,7 +29,7 @@ def latent_format(spec: LatentSpec) -> type[comfy.latent_formats.LatentFormat]:
         def __init__(self) -> None:
             super().__init__()
             self.taesd_decoder_name = None
-            base = self.latent_rgb_factors[: spec.base_channels]
+            base = self.latent_rgb_factors[: spec.base_channels]  # type: ignore[has-type]
             self.latent_rgb_factors = base + [[0.0, 0.0, 0.0]] * (spec.channels - len(base))
 
         def process_in(self, latent: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-import nodes as comfy_nodes
+import nodes as comfy_nodes  # ComfyUI's, not this pack's: that one is imported relatively
 
 from ...davae_core.latent import LatentSpec
 from .model import check_latent, require_adapted
@@ -50,7 +50,7 @@ def sample(
     inner = require_adapted(model.model)
     check_latent(inner, latent["samples"].shape)
     recommended = inner.davae_recommended
-    return comfy_nodes.common_ksampler(
+    return comfy_nodes.common_ksampler(  # type: ignore[attr-defined]
         with_shift(model, settings.shift, recommended.shift),
         settings.seed,
         settings.steps or recommended.steps or FALLBACK_STEPS,

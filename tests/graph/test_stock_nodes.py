@@ -165,6 +165,20 @@ def test_image_to_image_at_low_denoise_stays_near_the_image(run, toys, picture):
     assert 0 < near < far
 
 
+@pytest.mark.parametrize(("width", "height"), [(80, 48), (100, 77)])
+def test_sizes_that_vae_encode_leaves_odd_in_the_latent(run, toys, width, height):
+    """VAE Encode crops to the autoencoder's factor, 16, and not to 32: the model pads the odd row and column."""
+
+    def build(g):
+        davae = toys.davae(g)
+        latent = g.node("VAEEncode", pixels=g.node("HarnessConstant", key="image"), vae=davae[0])
+        sampled = toys.ksampler(g, toys.adapter(g, toys.model(g)), latent, denoise=0.5)
+        return {"image": g.node("DAVAE_DetailDecode", samples=sampled, davae=davae[2], detail_strength=1.0)}
+
+    image = run(build, inputs={"image": torch.rand(1, height, width, 3)})["image"]
+    assert image.shape == (1, height // 16 * 16, width // 16 * 16, 3)
+
+
 @pytest.mark.parametrize(("width", "height"), [(128, 64), (64, 192), (352, 32)])
 def test_non_square_sizes(run, toys, width, height):
     def build(g):
