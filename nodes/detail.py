@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import comfy.model_management
 import torch
 from comfy_api.latest import io
 
@@ -160,8 +159,7 @@ class EmptyLatent(io.ComfyNode):
     def empty(width: int, height: int, batch_size: int, spec: LatentSpec) -> Latent:
         """A LATENT of zeros for images of at least ``width x height`` pixels."""
         rows, columns = (round_up(side, size_multiple(spec)) // spec.factor for side in (height, width))
-        device = comfy.model_management.intermediate_device()
-        return latent_dict(torch.zeros(batch_size, spec.channels, rows, columns, device=device), spec)
+        return latent_dict(comfy_bridge.empty(batch_size, spec.channels, rows, columns), spec)
 
 
 class FromBaseLatent(io.ComfyNode):

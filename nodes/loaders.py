@@ -1,8 +1,6 @@
 """Loaders: autoencoder, adapter, merged model, and the tiny model that ships with the pack."""
 
-import folder_paths
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..davae_core import checkpoints
@@ -29,7 +27,7 @@ class DAVAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "davae_name",
-                    options=folder_paths.get_filename_list("vae"),
+                    options=comfy_bridge.file_names("vae"),
                     tooltip="A DA-VAE autoencoder file, from models/vae. An ordinary VAE file is not one.",
                 ),
                 io.Combo.Input(
@@ -78,7 +76,7 @@ class DAVAEAdapter(io.ComfyNode):
                 io.Model.Input("model", tooltip="The SD3.5 model that the adapter was trained for, not yet adapted."),
                 io.Combo.Input(
                     "adapter_name",
-                    options=folder_paths.get_filename_list("loras"),
+                    options=comfy_bridge.file_names("loras"),
                     tooltip="A DA-VAE adapter file, from models/loras. An ordinary LoRA is not one.",
                 ),
                 io.Float.Input(
@@ -104,7 +102,7 @@ class DAVAEAdapter(io.ComfyNode):
         return comfy_bridge.file_stamp("loras", adapter_name)
 
     @classmethod
-    def execute(cls, model: ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
+    def execute(cls, model: comfy_bridge.ModelPatcher, adapter_name: str, strength: float) -> io.NodeOutput:
         adapter = checkpoints.load_adapter(comfy_bridge.require_file("loras", adapter_name))
         return io.NodeOutput(comfy_bridge.apply_adapter(model, adapter, strength, adapter_name))
 
@@ -123,7 +121,7 @@ class DAVAEModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=comfy_bridge.file_names("diffusion_models"),
                     tooltip="A merged DA-VAE model, from models/diffusion_models. An ordinary SD3.5 file is not one.",
                 ),
                 io.Combo.Input(

@@ -1,8 +1,5 @@
 """The Adapted SD3.5 Sampler."""
 
-import comfy.samplers
-import folder_paths
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..davae_core import checkpoints
@@ -30,7 +27,7 @@ class AdaptedSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="An adapted model, or an unadapted one and an adapter chosen below."),
                 io.Combo.Input(
                     "adapter_name",
-                    options=[NO_ADAPTER, *folder_paths.get_filename_list("loras")],
+                    options=[NO_ADAPTER, *comfy_bridge.file_names("loras")],
                     default=NO_ADAPTER,
                     tooltip="A DA-VAE adapter file to apply to the MODEL at full strength, in place of a DA-VAE "
                     "Adapter node.",
@@ -56,11 +53,9 @@ class AdaptedSampler(io.ComfyNode):
                     step=0.1,
                     tooltip="Guidance. 1: none (twice as fast). 0: as the adapter recommends.",
                 ),
+                io.Combo.Input("sampler_name", options=comfy_bridge.SAMPLERS, default="euler", tooltip="Sampler."),
                 io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="Sampler."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="Noise schedule."
+                    "scheduler", options=comfy_bridge.SCHEDULERS, default="simple", tooltip="Noise schedule."
                 ),
                 io.Float.Input(
                     "shift",
@@ -116,7 +111,7 @@ class AdaptedSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: ModelPatcher,
+        model: comfy_bridge.ModelPatcher,
         adapter_name: str,
         positive: list,
         negative: list,

@@ -1,18 +1,25 @@
 """The seam: everything that touches ``comfy.*`` internals, because that is what breaks at updates."""
 
+from comfy.model_patcher import ModelPatcher
+
 from .autoencoder import AutoencoderHandle, load_autoencoder
-from .folders import check_file, file_stamp, register_folders, require_file
+from .folders import check_file, file_names, file_stamp, register_folders, require_file
 from .merged import load_merged
 from .rebuild import apply_adapter
-from .sampling import Settings, latent_spec, sample
+from .sampling import SAMPLERS, SCHEDULERS, Settings, latent_spec, sample
 from .tiny import load_tiny
-from .versions import node_schema
+from .versions import empty, node_schema
 
 __all__ = [
+    "SAMPLERS",
+    "SCHEDULERS",
     "AutoencoderHandle",
+    "ModelPatcher",
     "Settings",
     "apply_adapter",
     "check_file",
+    "empty",
+    "file_names",
     "file_stamp",
     "latent_spec",
     "load_autoencoder",

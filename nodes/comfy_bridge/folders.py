@@ -15,6 +15,11 @@ def register_folders() -> None:
             folder_paths.add_model_folder_path(kind, str(folder))
 
 
+def file_names(kind: str) -> list[str]:
+    """The files a loader offers."""
+    return folder_paths.get_filename_list(kind)
+
+
 def file_stamp(kind: str, name: str) -> str:
     """For a node's ``fingerprint_inputs``: changes when the file does, so that a replaced file is loaded anew."""
     path = folder_paths.get_full_path(kind, name)

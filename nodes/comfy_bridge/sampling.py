@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
@@ -10,6 +11,9 @@ import nodes as comfy_nodes  # ComfyUI's, not this pack's: that one is imported 
 
 from ...davae_core.latent import LatentSpec
 from .model import check_latent, require_adapted
+
+SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
+SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 
 # Where neither the user nor the adapter says anything: the authors' settings for SD3.5-medium at 2048 px.
 FALLBACK_STEPS, FALLBACK_CFG = 30, 2.5

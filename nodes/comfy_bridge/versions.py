@@ -27,6 +27,11 @@ def intermediate_dtype() -> torch.dtype:
     return chosen() if chosen else torch.float32
 
 
+def empty(*shape: int) -> torch.Tensor:
+    """Zeros on ComfyUI's device and in its dtype for what travels between nodes."""
+    return torch.zeros(shape, device=comfy.model_management.intermediate_device(), dtype=intermediate_dtype())
+
+
 def core_patcher(
     model: torch.nn.Module, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool = False
 ) -> ModelPatcher:

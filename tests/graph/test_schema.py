@@ -21,6 +21,20 @@ def test_the_nodes_are_there_and_their_ids_do_not_change(comfy):
     assert set(our_nodes(comfy)) == IDS
 
 
+def test_only_the_seam_imports_comfyuis_internals(comfy):
+    import ast
+    from pathlib import Path
+
+    pack = Path(comfy.base, "custom_nodes", "comfyui-davae", "nodes")
+    for file in pack.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            outside = {name.split(".")[0] for name in names} - {"torch", "typing", "comfy_api"}
+            assert not outside, f"{file.name} imports {outside}"
+
+
 def test_every_node_and_every_input_says_what_it_is(comfy):
     for name, node in our_nodes(comfy).items():
         schema = node.GET_SCHEMA()
