@@ -181,8 +181,8 @@ def check_fits(adapter: AdapterConfig, embedder: tuple[int, ...], head: tuple[in
     spec = adapter.latent
     if (hidden, patch) != (adapter.hidden, adapter.patch):
         raise DAVAEError(
-            f"this adapter is for a model of width {adapter.hidden} with patches of {adapter.patch}, "
-            f"but the MODEL has width {hidden} and patches of {patch}; use the model it was trained for"
+            f"this adapter is for a model of width {adapter.hidden} with patches of {adapter.patch}, but the MODEL has "
+            f"width {hidden} and patches of {patch}; use the model it was trained for"
         )
     if channels != spec.base_channels or head[0] != patch**2 * spec.base_channels:
         raise DAVAEError(

@@ -212,8 +212,8 @@ class DAVAE(nn.Module):
         """
         if self.base_decoder is None:
             raise DAVAEError(
-                "this DA-VAE file holds no base decoder, so it cannot decode a base latent by itself; "
-                "decode it with the base model's own VAE file"
+                "this DA-VAE file holds no base decoder, so it cannot decode a base latent by itself; decode it with "
+                "the base model's own VAE file"
             )
         return self.base_decoder(z_base)
 

@@ -35,8 +35,8 @@ class LatentSpec:
     def __post_init__(self) -> None:
         if self.base_channels < 1 or self.detail_channels < 1 or self.detail_channels % self.base_channels:
             raise DAVAEError(
-                f"detail channels must be a positive multiple of the base channels, "
-                f"got {self.detail_channels} detail on {self.base_channels} base channels"
+                f"detail channels must be a positive multiple of the base channels, got {self.detail_channels} detail "
+                f"on {self.base_channels} base channels"
             )
         if self.scale not in (2, 4):
             raise DAVAEError(f"scale s must be 2 or 4, got {self.scale}")

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..davae_core.errors import LatentError
 from ..davae_core.latent import LatentSpec, with_zero_detail
-from ..davae_core.sizes import crop_to_multiple, pad_to_multiple, round_up
+from ..davae_core.sizes import centre, crop_to_multiple, pad_to_multiple, round_up
 from . import comfy_bridge
 from .loaders import CATEGORY, DAVAESocket
 
@@ -29,6 +29,35 @@ def latent_dict(samples: torch.Tensor, spec: LatentSpec, **extra: object) -> Lat
     return {"samples": samples, "downscale_ratio_spacial": spec.factor, **extra}
 
 
+def fit(image: torch.Tensor, spec: LatentSpec, rule: str, mode: str = "replicate") -> torch.Tensor:
+    """``[B, H, W, c]`` brought to multiples of what the latent needs, by the rule the user chose."""
+    if rule == "crop":
+        return crop_to_multiple(image, size_multiple(spec))
+    return pad_to_multiple(image, size_multiple(spec), mode)
+
+
+def fit_mask(mask: torch.Tensor, size: tuple[int, ...], spec: LatentSpec, rule: str) -> torch.Tensor:
+    """A MASK ``[B, H, W]`` of an image of ``size`` as its latent's noise mask ``[B, 1, H', W']``, 0 in the padding."""
+    mask = mask.reshape(-1, *mask.shape[-2:])
+    if tuple(mask.shape[1:]) != size:
+        raise LatentError(
+            f"the mask is {mask.shape[2]} x {mask.shape[1]} px, the image {size[1]} x {size[0]} px; make them equal"
+        )
+    return fit(mask[..., None], spec, rule, "constant").movedim(-1, 1)
+
+
+def require_base_of(z_base: torch.Tensor, pixels: torch.Tensor, spec: LatentSpec) -> None:
+    """Raise LatentError unless ``z_base`` can be the base of the (already fitted) image."""
+    batch, height, width, _ = pixels.shape
+    expected = (spec.base_channels, height // spec.factor, width // spec.factor)
+    if z_base.ndim != 4 or tuple(z_base.shape[1:]) != expected or z_base.shape[0] not in (1, batch):
+        raise LatentError(
+            f"the base latent has shape {list(z_base.shape)}, expected {[batch, *expected]}: the ordinary latent of a "
+            f"{width // spec.scale} x {height // spec.scale} px image, for the image is encoded at {width} x {height} "
+            "px"
+        )
+
+
 class DetailEncode(io.ComfyNode):
     """Image to DA-VAE latent."""
 
@@ -48,16 +77,20 @@ class DetailEncode(io.ComfyNode):
                     "size_rule",
                     options=["pad", "crop"],
                     default="pad",
-                    tooltip="For sizes that are no multiple of 32. pad: repeat the last row and column; Detail Decode "
-                    "cuts "
-                    "them off again. crop: cut equally from both sides, as VAE Encode does.",
+                    tooltip="For sizes that are no multiple of 32. pad: continue the image equally on both sides; "
+                    "Detail Decode cuts that off again. crop: cut equally from both sides.",
                 ),
                 io.Latent.Input(
                     "base_latent",
                     optional=True,
                     tooltip="An ordinary latent of the same image at half the size, to use as the base instead of "
-                    "encoding "
-                    "it here (for example of an image you edited at half size).",
+                    "encoding it here (for example of an image you edited at half size).",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="For inpainting: white is painted anew. Of the image's size; padded or cropped with it, "
+                    "so that it stays in place, which Set Latent Noise Mask cannot do.",
                 ),
             ],
             outputs=[
@@ -75,14 +108,21 @@ class DetailEncode(io.ComfyNode):
         davae: comfy_bridge.AutoencoderHandle,
         size_rule: str,
         base_latent: Latent | None = None,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        spec = davae.latent
-        rule = pad_to_multiple if size_rule == "pad" else crop_to_multiple
-        pixels = rule(image[..., :3], size_multiple(spec))
-        samples = davae.encode(pixels, None if base_latent is None else base_latent["samples"])
+        spec, size = davae.latent, tuple(image.shape[1:3])
+        if image.shape[-1] < 3:
+            raise LatentError(f"the image has {image.shape[-1]} channels, expected red, green and blue")
+        pixels = fit(image[..., :3], spec, size_rule)
+        z_base = None if base_latent is None else base_latent["samples"]
+        if z_base is not None:
+            require_base_of(z_base, pixels, spec)
+        samples = davae.encode(pixels, z_base)
+        extra: Latent = {SIZE_KEY: size} if size_rule == "pad" else {}
+        if mask is not None:
+            extra["noise_mask"] = fit_mask(mask, size, spec, size_rule)
         base = {"samples": samples[:, : spec.base_channels].clone()}
-        size = tuple(image.shape[1:3]) if size_rule == "pad" else tuple(pixels.shape[1:3])
-        return io.NodeOutput(latent_dict(samples, spec, **{SIZE_KEY: size}), base)
+        return io.NodeOutput(latent_dict(samples, spec, **extra), base)
 
 
 class DetailDecode(io.ComfyNode):
@@ -119,7 +159,7 @@ class DetailDecode(io.ComfyNode):
         image = davae.decode(z, detail_strength)
         height, width = samples.get(SIZE_KEY, image.shape[1:3])
         if [round_up(side, size_multiple(spec)) for side in (height, width)] == list(image.shape[1:3]):
-            image = image[:, :height, :width]  # what Detail Encode padded
+            image = centre(image, height, width)  # without what Detail Encode padded
         return io.NodeOutput(image)
 
 
@@ -133,8 +173,7 @@ class EmptyLatent(io.ComfyNode):
             display_name="Empty DA-VAE Latent",
             category=CATEGORY,
             description="An empty latent to sample an image from nothing. Sizes are rounded up to the next multiple "
-            "of 32. "
-            "The stock Empty Latent nodes make latents of another factor.",
+            "of 32. The stock Empty Latent nodes make latents of another factor.",
             search_aliases=["DAVAE", "empty latent", "EmptySD3LatentImage"],
             inputs=[
                 io.Int.Input("width", default=1024, min=32, max=16384, step=32, tooltip="Of the image, in pixels."),
@@ -172,8 +211,7 @@ class FromBaseLatent(io.ComfyNode):
             display_name="Base to DA-VAE Latent",
             category=CATEGORY,
             description="Makes an ordinary SD3.5 latent the base of an image twice its size, with no detail yet. "
-            "Sample it "
-            "with denoise below 1 to add the detail.",
+            "Sample it with denoise below 1 to add the detail.",
             search_aliases=["DAVAE", "upscale latent"],
             inputs=[
                 io.Latent.Input("samples", tooltip="An ordinary SD3 / SD3.5 latent (16 channels)."),
@@ -225,10 +263,8 @@ def require_davae_latent(z: torch.Tensor, spec: LatentSpec) -> None:
     if z.ndim == 4 and z.shape[1] == spec.base_channels:
         raise LatentError(
             f"the LATENT has {z.shape[1]} channels: it is an ordinary latent, expected a DA-VAE latent of "
-            f"{spec.channels} "
-            f"({spec.base_channels} base + {spec.detail_channels} detail). Decode it with its own VAE, or turn it "
-            f"into one "
-            "with Base to DA-VAE Latent"
+            f"{spec.channels} ({spec.base_channels} base + {spec.detail_channels} detail). Decode it with its own VAE, "
+            "or turn it into one with Base to DA-VAE Latent"
         )
     spec.check(z, "the LATENT")
 

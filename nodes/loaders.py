@@ -1,4 +1,4 @@
-"""Loaders: autoencoder, adapter, merged model, and the tiny model that ships with the pack."""
+"""Loaders: autoencoder, adapter, merged model, and the tiny model."""
 
 import torch
 from comfy_api.latest import io
@@ -21,8 +21,7 @@ class DAVAELoader(io.ComfyNode):
             display_name="DA-VAE Loader",
             category=CATEGORY,
             description="Loads a DA-VAE autoencoder: a VAE whose latent is the ordinary latent of the half-size image "
-            "plus "
-            "as many channels again for the detail.",
+            "plus as many channels again for the detail.",
             search_aliases=["DAVAE", "load VAE", "detail VAE"],
             inputs=[
                 io.Combo.Input(
@@ -86,8 +85,7 @@ class DAVAEAdapter(io.ComfyNode):
                     max=2.0,
                     step=0.01,
                     tooltip="Strength of the changes to the pretrained weights, as for a LoRA. The layers for the "
-                    "detail "
-                    "channels are new and always count in full. Leave at 1 unless you are experimenting.",
+                    "detail channels are new and always count in full. Leave at 1 unless you are experimenting.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The adapted model; use it with DA-VAE latents.")],
@@ -149,7 +147,7 @@ class DAVAEModelLoader(io.ComfyNode):
 
 
 class TinySD35(io.ComfyNode):
-    """The tiny SD3.5 that ships with the pack."""
+    """The tiny SD3.5."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -157,9 +155,8 @@ class TinySD35(io.ComfyNode):
             node_id="DAVAE_TinySD35",
             display_name="Tiny SD3.5",
             category=CATEGORY,
-            description="A minute model in the layout of SD3.5, with its text encoder, to try the nodes without a "
-            "download. "
-            "It draws small pictograms and nothing else.",
+            description="A minute model in the layout of SD3.5, with a text encoder of its own, to try the nodes "
+            "with. This version of the pack ships without its trained weights.",
             search_aliases=["DAVAE", "tiny", "demo"],
             inputs=[],
             outputs=[
@@ -167,6 +164,10 @@ class TinySD35(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP", tooltip="Its text encoder, for CLIP Text Encode."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls) -> str:
+        return comfy_bridge.tiny_stamp()
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

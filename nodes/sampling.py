@@ -20,8 +20,7 @@ class AdaptedSampler(io.ComfyNode):
             display_name="Adapted SD3.5 Sampler",
             category=CATEGORY,
             description="KSampler for adapted models: the same image for the same settings, with the adapter's "
-            "recommended "
-            "settings where a widget is left at 0.",
+            "recommended settings where a widget is left at 0.",
             search_aliases=["DAVAE", "KSampler", "SD3.5"],
             inputs=[
                 io.Model.Input("model", tooltip="An adapted model, or an unadapted one and an adapter chosen below."),
@@ -51,7 +50,7 @@ class AdaptedSampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Guidance. 1: none (twice as fast). 0: as the adapter recommends.",
+                    tooltip="Guidance. 1: none. 0: as the adapter recommends.",
                 ),
                 io.Combo.Input("sampler_name", options=comfy_bridge.SAMPLERS, default="euler", tooltip="Sampler."),
                 io.Combo.Input(
@@ -64,8 +63,7 @@ class AdaptedSampler(io.ComfyNode):
                     max=100.0,
                     step=0.01,
                     tooltip="Time shift: larger spends more steps on the layout. 0: as set on the MODEL by "
-                    "ModelSamplingSD3, "
-                    "else as the adapter recommends.",
+                    "ModelSamplingSD3, else as the adapter recommends.",
                 ),
                 io.Float.Input(
                     "denoise",

@@ -52,11 +52,14 @@ def parse(metadata: Mapping[str, str], kind: Kind, file: str) -> dict[str, Any]:
         CheckpointError: the configuration is missing, of another version or kind, or not readable.
     """
     if kind_of(metadata) != kind:
-        raise CheckpointError(f"{file} holds {kind_of(metadata) or 'no DA-VAE metadata'}, expected kind {kind!r}")
+        raise CheckpointError(
+            f"{file} has {kind_of(metadata) or 'no DA-VAE'} metadata, expected that of kind {kind!r}. Other tools drop "
+            "the metadata when they save a model; use the file as it was before"
+        )
     if metadata.get("davae.format") != FORMAT:
         raise CheckpointError(
-            f"{file} has file format {metadata.get('davae.format')!r}, this version reads {FORMAT!r}; "
-            "update the node pack"
+            f"{file} has file format {metadata.get('davae.format')!r}, this version reads {FORMAT!r}; update the node "
+            "pack"
         )
     try:
         config = json.loads(metadata["davae.config"])

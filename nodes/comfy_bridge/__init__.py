@@ -7,7 +7,7 @@ from .folders import check_file, file_names, file_stamp, register_folders, requi
 from .merged import load_merged
 from .rebuild import apply_adapter
 from .sampling import SAMPLERS, SCHEDULERS, Settings, latent_spec, sample
-from .tiny import load_tiny
+from .tiny import load_tiny, tiny_stamp
 from .versions import empty, node_schema
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "register_folders",
     "require_file",
     "sample",
+    "tiny_stamp",
 ]

@@ -62,8 +62,6 @@ class AutoencoderHandle:
             ``[B, C + D, H/(f s), W/(f s)]``.
         """
         x = image.movedim(-1, 1) * 2 - 1
-        if base is not None and (base.ndim != 4 or base.shape[0] not in (1, len(x))):
-            raise LatentError(f"the base latent has shape {list(base.shape)}, but there are {len(x)} images")
         bases = [None] * len(x) if base is None else list(base.expand(len(x), -1, -1, -1).split(1))
         z = self._run(
             list(zip(x.split(1), bases, strict=True)),

@@ -95,7 +95,6 @@ def require_adapted(model: Any) -> AdaptedSD3:
     if not isinstance(model, AdaptedSD3):
         raise DAVAEError(
             f"the MODEL is not adapted to DA-VAE latents: it is {describe(model)}. Put a DA-VAE Adapter node between "
-            f"the "
-            "model loader and this node, or choose an adapter file in this node"
+            "the model loader and this node, or choose an adapter file in this node"
         )
     return model

@@ -57,8 +57,8 @@ class _Rebuild:
             raise DAVAEError(f"the MODEL is already {describe(inner)}; connect the unadapted model instead")
         if not is_sd3(inner):
             raise DAVAEError(
-                f"{self.name} adapts Stable Diffusion 3 / 3.5 models, but the MODEL is {describe(inner)}. "
-                "Load SD3.5-medium and connect that"
+                f"{self.name} adapts Stable Diffusion 3 / 3.5 models, but the MODEL is {describe(inner)}. Load "
+                "SD3.5-medium and connect that"
             )
         patcher = self._new_patcher(self._new_model(), disable_dynamic)
         self._add_lora(patcher)
@@ -150,8 +150,8 @@ class _Rebuild:
         expected = sum(name.endswith(".lora_A.weight") for name in lora)
         if len(added) != expected:
             raise DAVAEError(
-                f"{self.name} changes {expected} layers of the trunk, but the MODEL has only {len(added)} of them; "
-                "use the model the adapter was trained for"
+                f"{self.name} changes {expected} layers of the trunk, but the MODEL has only {len(added)} of them; use "
+                "the model the adapter was trained for"
             )
 
 

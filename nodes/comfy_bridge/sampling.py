@@ -1,5 +1,6 @@
 """Sampling with an adapted MODEL through ComfyUI's own sampler, so that it makes the image the stock KSampler makes."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +55,16 @@ def sample(
     inner = require_adapted(model.model)
     check_latent(inner, latent["samples"].shape)
     recommended = inner.davae_recommended
+    model = with_shift(model, settings.shift, recommended.shift)
+    steps = settings.steps or recommended.steps or FALLBACK_STEPS
+    cfg = settings.cfg or recommended.cfg or FALLBACK_CFG
+    shift = model.get_model_object("model_sampling").shift
+    logging.info("DA-VAE: %d steps, cfg %g, shift %g", steps, cfg, shift)
     return comfy_nodes.common_ksampler(  # type: ignore[attr-defined]
-        with_shift(model, settings.shift, recommended.shift),
+        model,
         settings.seed,
-        settings.steps or recommended.steps or FALLBACK_STEPS,
-        settings.cfg or recommended.cfg or FALLBACK_CFG,
+        steps,
+        cfg,
         settings.sampler,
         settings.scheduler,
         positive,

@@ -14,8 +14,15 @@ from torch import nn
 from ...davae_core import checkpoints, tiny
 from ...davae_core.errors import CheckpointError
 from ...davae_core.text_encoder import TextEncoder
+from .folders import file_stamp
 
-_BUILD = "build them with: python -m davae_core.training.tiny.build"
+_FILES = {"diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER}
+_MISSING = "this version of the pack ships without trained weights"
+
+
+def tiny_stamp() -> str:
+    """For the node's ``fingerprint_inputs``: changes when one of the two files does."""
+    return " ".join(file_stamp(kind, name) for kind, name in _FILES.items())
 
 
 def load_tiny() -> tuple[ModelPatcher, comfy.sd.CLIP]:
@@ -24,16 +31,14 @@ def load_tiny() -> tuple[ModelPatcher, comfy.sd.CLIP]:
     Raises:
         CheckpointError: the weights are not in this installation.
     """
-    model, text = (
-        _find(kind, name) for kind, name in (("diffusion_models", tiny.MODEL), ("text_encoders", tiny.TEXT_ENCODER))
-    )
+    model, text = (_find(kind, name) for kind, name in _FILES.items())
     return comfy.sd.load_diffusion_model(model), _clip(checkpoints.load_text_encoder(text))
 
 
 def _find(kind: str, name: str) -> str:
     path = folder_paths.get_full_path(kind, name)
     if path is None:
-        raise CheckpointError(f"the tiny model's file {name} is neither in this pack nor in models/{kind}; {_BUILD}")
+        raise CheckpointError(f"the tiny model's file {name} is neither in this pack nor in models/{kind}; {_MISSING}")
     return path
 
 

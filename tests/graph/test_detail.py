@@ -91,6 +91,36 @@ def test_crop_rule_cuts_around_the_centre_as_vae_encode_does(run, toys):
     assert torch.equal(out["cropped"]["samples"], out["by hand"]["samples"])
 
 
+def test_a_mask_is_padded_with_its_image_and_survives_a_flip(run, toys):
+    """100 x 70 becomes 128 x 96: 14 columns and 13 rows on each side, which are kept and cut off again."""
+    mask = torch.zeros(1, 70, 100)
+    mask[:, :35] = 1
+
+    def build(g):
+        davae = toys.davae(g)
+        latent = g.node(
+            "DAVAE_DetailEncode", image=g.node("HarnessConstant", key="image"), davae=davae[2], size_rule="pad",
+            mask=g.node("HarnessConstant", key="mask"),
+        )  # fmt: skip
+        flipped = g.node("LatentFlip", samples=latent, flip_method="y-axis: horizontally")
+        return {
+            "latent": latent,
+            "sampled": toys.sampler(g, toys.adapter(g, toys.model(g)), latent=latent),
+            "flipped": g.node("DAVAE_DetailDecode", samples=flipped, davae=davae[2], detail_strength=1.0),
+            "padded": g.node("VAEDecode", samples=flipped, vae=davae[0]),
+        }
+
+    out = run(build, inputs={"image": torch.rand(1, 70, 100, 3), "mask": mask})
+    noise_mask = out["latent"]["noise_mask"]
+    assert noise_mask.shape == (1, 1, 96, 128)
+    assert torch.equal(noise_mask[:, 0, 13:83, 14:114], mask)
+    assert noise_mask.sum() == mask.sum()
+    kept = slice(4, None)  # rows of the latent below the mask
+    assert torch.allclose(out["sampled"]["samples"][:, :, kept], out["latent"]["samples"][:, :, kept], atol=1e-4)
+    assert not torch.allclose(out["sampled"]["samples"][:, :, :3], out["latent"]["samples"][:, :, :3], atol=1e-2)
+    assert torch.equal(out["flipped"], out["padded"][:, 13:83, 14:114])
+
+
 def test_an_alpha_channel_is_left_out(run, toys, picture):
     def build(g):
         davae = toys.davae(g)

@@ -200,7 +200,7 @@ def test_a_base_latent_that_does_not_fit_the_image(fails, toys, picture):
         return g.node("DAVAE_DetailEncode", image=image, davae=toys.davae(g)[2], size_rule="pad", base_latent=base)[0]
 
     message = fails(build, inputs={"image": picture, "base": {"samples": torch.zeros(1, 16, 4, 4)}})
-    assert "[1, 16, 4, 4]" in message and "[1, 16, 8, 12]" in message
+    assert "[1, 16, 4, 4]" in message and "[1, 16, 8, 12]" in message and "96 x 64 px" in message
 
 
 def test_a_picture_too_small_to_crop(fails, toys):
@@ -215,3 +215,21 @@ def test_a_picture_too_small_to_crop(fails, toys):
 def test_a_davae_latent_where_an_ordinary_one_is_wanted(fails, toys):
     message = fails(lambda g: g.node("DAVAE_FromBaseLatent", samples=toys.empty(g)))
     assert "[1, 32, 8, 8]" in message and "16" in message
+
+
+def test_a_mask_of_another_size(fails, toys, picture):
+    def build(g):
+        image, mask = g.node("HarnessConstant", key="image"), g.node("HarnessConstant", key="mask")
+        return g.node("DAVAE_DetailEncode", image=image, davae=toys.davae(g)[2], size_rule="pad", mask=mask)[0]
+
+    message = fails(build, inputs={"image": picture, "mask": torch.zeros(1, 64, 64)})
+    assert "64 x 64 px" in message and "192 x 128" in message
+
+
+def test_a_grey_image(fails, toys):
+    def build(g):
+        image = g.node("HarnessConstant", key="image")
+        return g.node("DAVAE_DetailEncode", image=image, davae=toys.davae(g)[2], size_rule="pad")[0]
+
+    message = fails(build, inputs={"image": torch.zeros(1, 64, 64, 1)})
+    assert "1 channels" in message and "red, green and blue" in message

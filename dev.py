@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Tasks of this repository, with nothing but Python 3.10 or newer:
+
+    python dev.py setup    make the environment: a ComfyUI, torch, what both need, the test tools
+    python dev.py demo     run the nodes in a real ComfyUI and write images
+    python dev.py test     run the tests; arguments go to pytest
+    python dev.py ui       serve ComfyUI with the pack on this machine
+
+Each task makes the environment first if it is not complete; interrupting it does no harm.
+
+Environment variables:
+    COMFYUI_DIR     a ComfyUI of your own; default: a copy from the package registry
+    COMFYUI_PYTHON  an interpreter that has everything ComfyUI needs; nothing is installed then
+    CHROMIUM        the browser of the browser tests; default: the one in the PATH
+    DAVAE_CACHE     where fetched things are kept; default: .cache
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if sys.version_info < (3, 10):  # noqa: UP036  said before anything that an older Python cannot read
+    sys.exit(f"dev.py needs Python 3.10 or newer; this is {sys.version.split()[0]}")
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from harness import chromium, environment  # noqa: E402
+from harness.launch import HOST, server_command, server_environment  # noqa: E402
+from harness.locate import LocateError, cache_dir  # noqa: E402
+from harness.scratch import make_base  # noqa: E402
+from harness.torch_build import has_nvidia_gpu  # noqa: E402
+
+
+def say(line: str) -> None:
+    """Tells the person at the terminal what is being done."""
+    print(f"dev.py: {line}", flush=True)
+
+
+def setup(_: argparse.Namespace) -> int:
+    """Makes the environment."""
+    comfyui, python = environment.prepare(say)
+    say(f"ready: ComfyUI {comfyui.version} ({comfyui.root}) with {python}")
+    if chromium.find_chromium() is None:
+        say(chromium.MISSING)
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Runs the demo."""
+    _, python = environment.prepare(say)
+    arguments = ["--out", str(Path(options.out).resolve())]
+    if options.prompt is not None:
+        arguments += ["--prompt", options.prompt]
+    return run([str(python), "-m", "harness.demo", *arguments, *options.rest])
+
+
+def test(options: argparse.Namespace) -> int:
+    """Runs pytest and gives back its exit code."""
+    _, python = environment.prepare(say)
+    if os.environ.get("COMFYUI_PYTHON") and subprocess.run([str(python), "-c", "import pytest"]).returncode:
+        raise environment.SetupError(
+            f"{python} (COMFYUI_PYTHON) has no pytest: install it there, or unset the variable."
+        )
+    if chromium.find_chromium() is None:
+        say(chromium.MISSING)
+    return run([str(python), "-m", "pytest", *(options.rest or ["tests"])])
+
+
+def ui(options: argparse.Namespace) -> int:
+    """Serves ComfyUI with the pack until Ctrl-C."""
+    comfyui, python = environment.prepare(say)
+    base = make_base(cache_dir() / f"ui-{comfyui.version}", ROOT, probe=False)
+    say(f"models, input and output of this ComfyUI {comfyui.version} are in {base}")
+    say(f"serving on http://{HOST}:{options.port}; Ctrl-C ends it")
+    cpu = sys.platform != "darwin" and not has_nvidia_gpu()
+    return run(server_command(python, comfyui, base, options.port, cpu), cwd=base, env=server_environment())
+
+
+def run(command: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
+    """Runs a command in the foreground; Ctrl-C is the command's to handle. Returns its exit code."""
+    process = subprocess.Popen(command, cwd=cwd, env=env)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line; what a task does not know itself lands in `rest`."""
+    parser = argparse.ArgumentParser(
+        prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tasks = parser.add_subparsers(metavar="TASK", required=True)
+
+    def task(function, help: str) -> argparse.ArgumentParser:
+        added = tasks.add_parser(function.__name__, help=help, description=help)
+        added.set_defaults(task=function)
+        return added
+
+    task(setup, "make the environment, or complete it")
+    demo_parser = task(demo, "run the nodes in a real ComfyUI and write images")
+    demo_parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    demo_parser.add_argument(
+        "--out", metavar="DIR", default="output/demo", help="where the images go (default: %(default)s)"
+    )
+    tests = task(test, "run the tests; all arguments go to pytest (default: tests)")
+    tests.usage = "dev.py test [pytest arguments]"
+    ui_parser = task(ui, "serve ComfyUI with the pack on this machine")
+    ui_parser.add_argument("--port", type=int, default=8188, help="default: %(default)s")
+
+    if argv[:1] == ["test"] and argv[1:] not in (["-h"], ["--help"]):
+        options = parser.parse_args(["test"])
+        options.rest = argv[1:]
+        return options
+    options, options.rest = parser.parse_known_args(argv)
+    if options.rest and options.task is not demo:
+        parser.error(f"unknown arguments: {' '.join(options.rest)}")
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """Runs one task; returns the exit code."""
+    options = parse(argv)
+    try:
+        return options.task(options)
+    except (environment.SetupError, LocateError, FileNotFoundError) as error:
+        print(f"dev.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dev.py: interrupted; run it again to go on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
