@@ -47,7 +47,10 @@ LORA_MODULES: dict[str, tuple[str, int | None]] = {
 }
 PAPER_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2", "norm1.linear")
 
-_LORA_NAME = re.compile(r"transformer\.transformer_blocks\.(\d+)\.(.+)\.lora_A\.weight")
+# The last block's text tokens are read by nobody, so it has no layers after its attention for them.
+_NOT_IN_THE_LAST_BLOCK = ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+
+_LORA_NAME = re.compile(r"(transformer\.transformer_blocks\.(\d+)\.(.+))\.(lora_A\.weight|lora_B\.weight|alpha)")
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,14 @@ class AdapterConfig:
         try:
             hidden, detail, patch, _ = state[f"{PREFIX}{EMBED}detail.weight"].shape
             rows = state[f"{PREFIX}{HEAD}detail.weight"].shape[0]
+            bias = state[f"{PREFIX}{HEAD}detail.bias"].shape[0]
         except (KeyError, ValueError) as problem:
             raise CheckpointError(f"not a DA-VAE adapter: {problem} is not there or misshapen") from problem
-        if rows != patch**2 * detail:
+        if rows != patch**2 * detail or bias != rows:
             raise CheckpointError(
                 f"damaged adapter: its embedder is for {detail} detail channels, its head for {rows / patch**2:g}"
             )
+        _lora_stems(state)
         delta = state.get(f"{PREFIX}{EMBED}delta.weight")
         base = delta.shape[1] if delta is not None else LatentSpec.base_channels
         return cls(latent=LatentSpec(base_channels=base, detail_channels=detail), hidden=hidden, patch=patch)
@@ -149,6 +154,8 @@ def zero_adapter(
     for block in range(model.depth if rank else 0):
         for module in targets:
             if module.startswith("attn2.") and block not in model.dual_attention:
+                continue
+            if module in _NOT_IN_THE_LAST_BLOCK and block == model.depth - 1:
                 continue
             out_features, in_features = _module_shape(module, model, block)
             name = f"transformer.transformer_blocks.{block}.{module}"
@@ -231,21 +238,35 @@ def widen(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 
     return wide
 
 
-def lora_deltas(adapter: Adapter) -> Iterator[tuple[str, int | None, torch.Tensor]]:
-    """Each LoRA product as (weight name in the SD3.5 layout, third of a fused projection or None, ``[out, in]``)."""
-    lora = adapter.lora_state()
-    for name, down in lora.items():
-        if name.endswith((".lora_B.weight", ".alpha")):
+def _lora_stems(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, str]]:
+    """Block and module of every LoRA, by the name that its tensors start with.
+
+    Raises:
+        CheckpointError: a tensor is of no known module, or one of a LoRA's two factors is missing.
+    """
+    stems: dict[str, tuple[int, str]] = {}
+    for name in state:
+        if name.startswith(PREFIX):
             continue
         match = _LORA_NAME.fullmatch(name)
-        if match is None or match.group(2) not in LORA_MODULES:
+        if match is None or match.group(3) not in LORA_MODULES:
             raise CheckpointError(f"unknown tensor in the adapter: {name}")
-        stem = name.removesuffix(".lora_A.weight")
-        up = lora[f"{stem}.lora_B.weight"]
-        alpha = lora.get(f"{stem}.alpha")
+        stems[match.group(1)] = (int(match.group(2)), match.group(3))
+    for stem in stems:
+        for factor in ("lora_A", "lora_B"):
+            if f"{stem}.{factor}.weight" not in state:
+                raise CheckpointError(f"damaged adapter: {stem}.{factor}.weight is not there")
+    return stems
+
+
+def lora_deltas(adapter: Adapter) -> Iterator[tuple[str, int | None, torch.Tensor]]:
+    """Each LoRA product as (weight name in the SD3.5 layout, third of a fused projection or None, ``[out, in]``)."""
+    for stem, (block, module) in _lora_stems(adapter.state).items():
+        down, up = (adapter.state[f"{stem}.lora_{factor}.weight"].float() for factor in "AB")
+        alpha = adapter.state.get(f"{stem}.alpha")
         factor = 1.0 if alpha is None else float(alpha) / down.shape[0]
-        module, third = LORA_MODULES[match.group(2)]
-        yield f"joint_blocks.{match.group(1)}.{module}.weight", third, factor * (up.float() @ down.float())
+        weight, third = LORA_MODULES[module]
+        yield f"joint_blocks.{block}.{weight}.weight", third, factor * (up @ down)
 
 
 def merge(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """What a DA-VAE latent is: its channels, its spatial factor, and the units the diffusion model sees it in."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,10 @@ class LatentSpec:
             values = getattr(self, name)
             if len(values) != self.detail_channels:
                 raise DAVAEError(f"{name} must hold {self.detail_channels} numbers, got {len(values)}")
-        if not self.base_scale > 0 or not all(std > 0 for std in self.detail_std):
+        factors = (self.base_scale, *self.detail_std)
+        if not all(math.isfinite(value) for value in (self.base_shift, *self.detail_mean, *factors)):
+            raise DAVAEError("base_shift, base_scale, detail_mean and detail_std must be finite numbers")
+        if not all(value > 0 for value in factors):
             raise DAVAEError("base_scale and every detail_std must be above 0")
 
     @property
@@ -84,6 +88,7 @@ class LatentSpec:
 
     def _affine(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-channel shift and factor, ``[1, C + D, 1, 1]`` each."""
+        self.check(z)
         mean = z.new_tensor([self.base_shift] * self.base_channels + list(self.detail_mean))
         scale = z.new_tensor([self.base_scale] * self.base_channels + [1 / std for std in self.detail_std])
         return mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)

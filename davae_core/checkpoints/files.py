@@ -86,7 +86,7 @@ def _fill_in_hash(path: Path) -> None:
 def check_finite(tensors: Mapping[str, torch.Tensor], file: str) -> None:
     """Raise CheckpointError if any tensor holds NaN or infinity: such a model makes black images."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():  # float8 has no isfinite
             raise CheckpointError(
                 f"{file}: the tensor {name} holds values that are not numbers (NaN or infinity); the file is damaged "
                 "or was saved from a training that diverged. Use another file"

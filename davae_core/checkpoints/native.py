@@ -1,7 +1,8 @@
 """Our own files: autoencoder, adapter and merged model, each one safetensors file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from .. import adapter as adapters
 from ..adapter import Adapter, AdapterConfig, Recommended
 from ..davae import DAVAE, DAVAEConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
 from ..mmdit import MMDiTConfig
 from ..text_encoder import TextEncoder, TextEncoderConfig
@@ -55,7 +56,8 @@ def load_autoencoder(path: PathLike, dtype: torch.dtype | None = None) -> DAVAE:
     state, info = _read(path, "autoencoder")
     name = Path(path).name
     latent, _ = metadata.latent_of(metadata.parse(info, "autoencoder", name), name)
-    config = DAVAEConfig.from_state_dict(state)
+    with _naming(name):
+        config = DAVAEConfig.from_state_dict(state)
     _agree(name, config.latent, latent, ("base_channels", "detail_channels", "scale", "base_factor"))
     with torch.device("meta"):
         model = DAVAE(replace(config, latent=latent))
@@ -78,7 +80,8 @@ def load_adapter(path: PathLike) -> Adapter:
     state, info = _read(path, "adapter")
     name = Path(path).name
     latent, recommended = metadata.latent_of(metadata.parse(info, "adapter", name), name)
-    told = AdapterConfig.from_state_dict(state)
+    with _naming(name):
+        told = AdapterConfig.from_state_dict(state)
     checked = ["detail_channels"]
     if f"{adapters.PREFIX}{adapters.EMBED}delta.weight" in state:
         checked.append("base_channels")
@@ -109,7 +112,8 @@ def load_merged(path: PathLike) -> MergedModel:
     state, info = _read(path, "model", check=("x_embedder.proj.weight", "final_layer.linear.weight"))
     name = Path(path).name
     latent, recommended = metadata.latent_of(metadata.parse(info, "model", name), name)
-    channels = MMDiTConfig.from_state_dict(state)
+    with _naming(name):
+        channels = MMDiTConfig.from_state_dict(state)
     if channels.in_channels != latent.channels or channels.out_channels != latent.channels:
         raise CheckpointError(
             f"{name}: its weights read {channels.in_channels} and predict {channels.out_channels} channels, its "
@@ -153,7 +157,7 @@ def _read(
     if found.kind != kind:
         raise CheckpointError(f"{name} is {found.description}; {_WHERE[kind]}")
     state = _strip(files.read(path)[0])
-    files.check_finite({key: state[key] for key in check} if check else state, name)
+    files.check_finite({key: state[key] for key in check if key in state} if check else state, name)
     return state, info
 
 
@@ -164,6 +168,15 @@ def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if inner:
             return inner
     return state
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Put the file's name before the message of whatever is wrong with its tensors."""
+    try:
+        yield
+    except DAVAEError as problem:
+        raise CheckpointError(f"{file}: {problem}") from problem
 
 
 def _agree(name: str, told: LatentSpec, claimed: LatentSpec, attributes: Sequence[str]) -> None:
