@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from ...davae_core.adapter import EMBED, HEAD, WIDENED, Adapter, check_fits, widen
 from ...davae_core.errors import DAVAEError
 from .model import AdaptedSD3, describe, is_sd3, model_config
-from .versions import archive_dtypes, inference_dtype, unload
+from .versions import archive_dtypes, inference_dtype, stored, unload
 
 NETWORK = "diffusion_model."
 
@@ -110,7 +110,7 @@ class _Rebuild:
         """The base network's state dict, without LoRA, by names of the SD3.5 layout."""
         state = self.base.model_state_dict(NETWORK)
         saved = {key: tensor for key, tensor in self._saved().items() if key in state}
-        return {key.removeprefix(NETWORK): tensor for key, tensor in {**state, **saved}.items()}
+        return {key.removeprefix(NETWORK): stored(tensor) for key, tensor in {**state, **saved}.items()}
 
     def _plain_weight(self, name: str) -> torch.Tensor:
         """A tensor of the base network without LoRA or quantisation, in the dtype the network computes in."""

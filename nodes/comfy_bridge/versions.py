@@ -50,11 +50,20 @@ def inference_dtype(model: comfy.model_base.BaseModel) -> torch.dtype:
     return model.manual_cast_dtype or model.get_dtype()
 
 
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """What a checkpoint holds of a quantised tensor, which some versions leave whole in a state dict."""
+    return getattr(tensor, "_qdata", tensor)
+
+
 def unload(patcher: ModelPatcher) -> None:
-    """Take a model's LoRA out of its weights and its weights off the GPU, where ComfyUI can do that for one model."""
-    unload_one = getattr(comfy.model_management, "unload_model_and_clones", None)
-    if unload_one:
-        unload_one(patcher)
+    """Take a model's LoRA out of its weights and its weights off the GPU, as ComfyUI does when it needs the memory."""
+    management = comfy.model_management
+    if hasattr(management, "unload_model_and_clones"):
+        management.unload_model_and_clones(patcher)
+        return
+    for loaded in [entry for entry in management.current_loaded_models if patcher.is_clone(entry.model)]:
+        loaded.model_unload()
+        management.current_loaded_models.remove(loaded)
 
 
 def archive_dtypes(module: torch.nn.Module) -> None:

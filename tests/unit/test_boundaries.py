@@ -1,0 +1,78 @@
+"""What davae_core may import: torch, and not ComfyUI, not pickle; and inference never imports training."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+COMFY = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}
+REPOSITORY = {"harness", "tests", "dev", "custom_nodes"}
+PICKLE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+@pytest.fixture(scope="module")
+def sources(root: Path) -> dict[str, ast.Module]:
+    """The syntax tree of every module of davae_core, by dotted name."""
+    found = {}
+    for path in sorted((root / "davae_core").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts)] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imports(module: str, tree: ast.Module) -> Iterator[str]:
+    """The dotted name of everything a module imports, wherever in it, relative imports resolved."""
+    package = module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
+            yield ast.literal_eval(node.args[0]) if isinstance(node.args[0], ast.Constant) else "?"
+
+
+def test_the_walk_sees_every_way_to_import() -> None:
+    source = "import a.b as c\nfrom d import e\ndef f():\n    from . import g\n    from ..h import i\n__import__('j')"
+    assert sorted(imports("p.q.r", ast.parse(source))) == ["a.b", "d.e", "j", "p.h.i", "p.q.g"]
+
+
+def test_the_core_knows_nothing_of_comfyui(sources: dict[str, ast.Module]) -> None:
+    assert len(sources) > 10
+    for module, tree in sources.items():
+        for name in imports(module, tree):
+            assert name.split(".")[0] not in COMFY | REPOSITORY | {"?"}, f"{module} imports {name}"
+
+
+def test_nothing_but_training_imports_training(sources: dict[str, ast.Module]) -> None:
+    for module, tree in sources.items():
+        if not module.startswith("davae_core.training"):
+            for name in imports(module, tree):
+                assert not name.startswith("davae_core.training"), f"{module} imports {name}"
+
+
+def test_nodes_do_not_import_training(root: Path) -> None:
+    for path in sorted((root / "nodes").rglob("*.py")):
+        for name in imports("pack.nodes.module", ast.parse(path.read_text(encoding="utf-8"))):
+            assert "training" not in name.split("."), f"{path.name} imports {name}"
+
+
+def test_nothing_reads_pickles(sources: dict[str, ast.Module]) -> None:
+    for module, tree in sources.items():
+        for name in imports(module, tree):
+            assert name.split(".")[0] not in PICKLE, f"{module} imports {name}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("torch.load", "torch.save"), (
+                    f"{module}, line {node.lineno}: {ast.unparse(node.func)}"
+                )
+
+
+@pytest.mark.parametrize("module", ["autoencoder", "mmdit", "flow", "alignment", "latent"])
+def test_the_mathematics_does_no_file_work(sources: dict[str, ast.Module], module: str) -> None:
+    for name in imports(f"davae_core.{module}", sources[f"davae_core.{module}"]):
+        assert name.split(".")[0] not in {"os", "pathlib", "json", "safetensors"}
+        assert not name.startswith("davae_core.checkpoints")
