@@ -86,8 +86,14 @@ class AdapterConfig:
     recommended: Recommended = Recommended()
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, torch.Tensor]) -> "AdapterConfig":
-        """Read what the shapes tell: hidden, patch, D and (from the change of O, else by default) C.
+    def from_state_dict(
+        cls, state: Mapping[str, torch.Tensor], base_channels: int = LatentSpec.base_channels
+    ) -> "AdapterConfig":
+        """Read what the shapes tell: hidden, patch, D, and C where there is a change of P.
+
+        Args:
+            state: tensors by name.
+            base_channels: C where the shapes do not tell.
 
         Raises:
             CheckpointError: the tensors of an adapter are not there.
@@ -100,11 +106,12 @@ class AdapterConfig:
             raise CheckpointError(f"not a DA-VAE adapter: {problem} is not there or misshapen") from problem
         if rows != patch**2 * detail or bias != rows:
             raise CheckpointError(
-                f"damaged adapter: its embedder is for {detail} detail channels, its head for {rows / patch**2:g}"
+                f"damaged adapter: its embedder is for {detail} detail channels, its head for {rows / patch**2:g} "
+                f"(bias: {bias / patch**2:g})"
             )
         _lora_stems(state)
         delta = state.get(f"{PREFIX}{EMBED}delta.weight")
-        base = delta.shape[1] if delta is not None else LatentSpec.base_channels
+        base = delta.shape[1] if delta is not None else base_channels
         return cls(latent=LatentSpec(base_channels=base, detail_channels=detail), hidden=hidden, patch=patch)
 
 
@@ -256,6 +263,9 @@ def _lora_stems(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, str]]
         for factor in ("lora_A", "lora_B"):
             if f"{stem}.{factor}.weight" not in state:
                 raise CheckpointError(f"damaged adapter: {stem}.{factor}.weight is not there")
+        down, up = (state[f"{stem}.{factor}.weight"].shape for factor in ("lora_A", "lora_B"))
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            raise CheckpointError(f"damaged adapter: {stem} has factors of shapes {list(down)} and {list(up)}")
     return stems
 
 
@@ -287,6 +297,6 @@ def merge(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 
         rows = weight if third is None else weight.chunk(3)[third]
         if rows.shape != delta.shape:
             raise DAVAEError(f"the adapter's change of {name} is {list(delta.shape)}, expected {list(rows.shape)}")
-        rows.copy_(rows.float() + strength * delta)
+        rows.copy_(rows.float() + strength * delta.to(rows.device))
         merged[name] = weight
     return merged

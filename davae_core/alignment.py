@@ -34,5 +34,12 @@ def alignment_loss(z_detail: torch.Tensor, z_base: torch.Tensor) -> torch.Tensor
 
     Returns:
         A scalar.
+
+    Raises:
+        LatentError: the latents differ in batch or size, or D is not a multiple of C.
     """
+    if z_detail.shape[0] != z_base.shape[0] or z_detail.shape[2:] != z_base.shape[2:]:
+        raise LatentError(
+            f"detail latent {list(z_detail.shape)} and base latent {list(z_base.shape)} are not of one image"
+        )
     return F.mse_loss(grouped_mean(z_detail, z_base.shape[1]), z_base.detach())

@@ -11,7 +11,7 @@ Source: arXiv 2603.22125 sec. 3.1 and the structure of the authors' SD3 release.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -149,9 +149,10 @@ class DAVAE(nn.Module):
         """Channels, scale and normalisation of the latent."""
         return self.config.latent
 
-    def set_detail_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def set_detail_statistics(self, mean: Iterable[float], std: Iterable[float]) -> None:
         """Store the per-channel statistics of the detail latent, measured on training images."""
-        self.config = replace(self.config, latent=replace(self.latent, detail_mean=mean, detail_std=std))
+        latent = replace(self.latent, detail_mean=tuple(map(float, mean)), detail_std=tuple(map(float, std)))
+        self.config = replace(self.config, latent=latent)
 
     def encode(
         self, x: torch.Tensor, generator: torch.Generator | None = None, z_base: torch.Tensor | None = None
@@ -209,12 +210,16 @@ class DAVAE(nn.Module):
 
         Raises:
             DAVAEError: the model holds no base decoder.
+            LatentError: ``z_base`` has the wrong channels.
         """
         if self.base_decoder is None:
             raise DAVAEError(
                 "this DA-VAE file holds no base decoder, so it cannot decode a base latent by itself; decode it with "
                 "the base model's own VAE file"
             )
+        if z_base.ndim != 4 or z_base.shape[1] != self.latent.base_channels:
+            expected = f"[batch, {self.latent.base_channels}, height, width]"
+            raise LatentError(f"base latent has shape {list(z_base.shape)}, expected {expected}")
         return self.base_decoder(z_base)
 
     def encode_tiled(

@@ -28,11 +28,12 @@ class Detected:
     description: str
 
 
-def detect(shapes: Mapping[str, Any]) -> Detected:
+def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
     """Look at a file's names and shapes.
 
     Args:
         shapes: shape (a tuple, or a tensor) by tensor name.
+        kind: what the file's metadata says it is; settles what shapes leave open.
     """
     names = set(shapes)
 
@@ -51,7 +52,7 @@ def detect(shapes: Mapping[str, Any]) -> Detected:
     for prefix in ("", *CHECKPOINT_PREFIXES):
         if f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" in names:
             channels = shape(f"{prefix}x_embedder.proj.weight")[1] if f"{prefix}x_embedder.proj.weight" in names else 0
-            if channels > 16:
+            if kind == "model" or channels > 16:
                 return Detected("model", f"an SD3.5 diffusion model with {channels} channels (a merged DA-VAE model)")
             if any_starts("first_stage_model.", "text_encoders."):
                 return Detected("sd3 checkpoint", "a whole SD3 / SD3.5 checkpoint")
@@ -60,7 +61,7 @@ def detect(shapes: Mapping[str, Any]) -> Detected:
         if f"{prefix}decoder.conv_in.weight" in names and f"{prefix}encoder.conv_in.weight" in names:
             channels = shape(f"{prefix}decoder.conv_in.weight")[1]
             if channels == 16:
-                return Detected("sd3 vae", "a plain SD3 VAE (16 latent channels, no detail branch)")
+                return Detected("sd3 vae", "a plain VAE with 16 latent channels, like SD3's (no detail branch)")
             return Detected("vae", f"a plain VAE with {channels} latent channels")
     if any_starts("model.diffusion_model.input_blocks.", "input_blocks."):
         return Detected("unet", "a Stable Diffusion 1 / 2 / XL model")

@@ -1,5 +1,6 @@
 """Reading and writing safetensors files: nothing else is read, and a write is whole or not at all."""
 
+import glob
 import hashlib
 import json
 import os
@@ -55,17 +56,37 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta
     """Write a safetensors file so that ``path`` holds either the old file or the whole new one, even after a crash.
 
     Adds ``modelspec.hash_sha256``, the hash of the tensor data.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a save that was killed
+        leftover.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(contiguous, temporary, metadata={**metadata, HASH_KEY: _HASH_BLANK})
+        save_file(_separate(tensors), temporary, metadata={**metadata, HASH_KEY: _HASH_BLANK})
         _fill_in_hash(temporary)
         os.replace(temporary, path)
+    except (SafetensorError, OSError) as problem:
+        raise CheckpointError(
+            f"{path} could not be written ({problem}); is there room, and may you write there?"
+        ) from problem
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors wants them."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return out
 
 
 def _fill_in_hash(path: Path) -> None:

@@ -51,20 +51,25 @@ def parse(metadata: Mapping[str, str], kind: Kind, file: str) -> dict[str, Any]:
     Raises:
         CheckpointError: the configuration is missing, of another version or kind, or not readable.
     """
-    if kind_of(metadata) != kind:
+    if kind_of(metadata) is None:
         raise CheckpointError(
-            f"{file} has {kind_of(metadata) or 'no DA-VAE'} metadata, expected that of kind {kind!r}. Other tools drop "
-            "the metadata when they save a model; use the file as it was before"
+            f"{file} has no DA-VAE metadata. Other tools drop it when they save a model; use the file as it was before"
         )
+    if kind_of(metadata) != kind:
+        raise CheckpointError(f"{file} is marked as kind {kind_of(metadata)!r}, expected {kind!r}; the file is damaged")
     if metadata.get("davae.format") != FORMAT:
         raise CheckpointError(
-            f"{file} has file format {metadata.get('davae.format')!r}, this version reads {FORMAT!r}; update the node "
-            "pack"
+            f"{file} has file format {metadata.get('davae.format', 'unknown')!r}, this version reads {FORMAT!r}; "
+            "update the node pack"
         )
     try:
         config = json.loads(metadata["davae.config"])
     except (KeyError, json.JSONDecodeError) as problem:
         raise CheckpointError(f"{file}: the configuration in its metadata is damaged ({problem})") from problem
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{file}: the configuration in its metadata is damaged ({config!r} is no set of settings)"
+        )
     return config
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from .. import adapter as adapters
 from ..adapter import Adapter, AdapterConfig, Recommended
 from ..davae import DAVAE, DAVAEConfig
 from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
-from ..mmdit import MMDiTConfig
+from ..mmdit import MMDiT, MMDiTConfig
 from ..text_encoder import TextEncoder, TextEncoderConfig
 from . import files, metadata
 from .detect import CHECKPOINT_PREFIXES, FileKind, detect
@@ -81,11 +80,8 @@ def load_adapter(path: PathLike) -> Adapter:
     name = Path(path).name
     latent, recommended = metadata.latent_of(metadata.parse(info, "adapter", name), name)
     with _naming(name):
-        told = AdapterConfig.from_state_dict(state)
-    checked = ["detail_channels"]
-    if f"{adapters.PREFIX}{adapters.EMBED}delta.weight" in state:
-        checked.append("base_channels")
-    _agree(name, told.latent, latent, checked)
+        told = AdapterConfig.from_state_dict(state, latent.base_channels)
+    _agree(name, told.latent, latent, ("base_channels", "detail_channels"))
     return Adapter(replace(told, latent=latent, recommended=recommended), state)
 
 
@@ -114,6 +110,12 @@ def load_merged(path: PathLike) -> MergedModel:
     latent, recommended = metadata.latent_of(metadata.parse(info, "model", name), name)
     with _naming(name):
         channels = MMDiTConfig.from_state_dict(state)
+    with torch.device("meta"):
+        missing = [key for key in MMDiT(channels).state_dict() if key not in state]
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} tensors of the model, {missing[0]} first; the file is damaged"
+        )
     if channels.in_channels != latent.channels or channels.out_channels != latent.channels:
         raise CheckpointError(
             f"{name}: its weights read {channels.in_channels} and predict {channels.out_channels} channels, its "
@@ -135,14 +137,15 @@ def load_text_encoder(path: PathLike) -> TextEncoder:
     """Read the tiny model's text encoder; raises as :func:`load_autoencoder` does."""
     state, info = _read(path, "text_encoder")
     name = Path(path).name
-    words = metadata.parse(info, "text_encoder", name).get("vocabulary", ())
-    length, context = state["position_embedding"].shape
-    if len(words) + 2 != state["token_embedding.weight"].shape[0]:
-        rows = state["token_embedding.weight"].shape[0]
-        raise CheckpointError(f"{name}: {len(words)} words do not fit {rows} embeddings; the file is damaged")
-    pooled = state["pool.weight"].shape[0]
+    words = metadata.parse(info, "text_encoder", name).get("vocabulary")
+    rows = state["token_embedding.weight"].shape[0]
+    if not isinstance(words, list) or len(words) + 2 != rows or not all(isinstance(word, str) for word in words):
+        raise CheckpointError(
+            f"{name}: its vocabulary is not {rows - 2} words, one for each embedding; the file is damaged"
+        )
+    length, context = state["position_embedding"].reshape(-1, state["token_embedding.weight"].shape[-1]).shape
     with torch.device("meta"):
-        model = TextEncoder(TextEncoderConfig(tuple(words), length, context, pooled))
+        model = TextEncoder(TextEncoderConfig(tuple(words), length, context, state["pool.weight"].shape[0]))
     _load(model, state, name)
     return model.eval()
 
@@ -152,11 +155,13 @@ def _read(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors (without a checkpoint prefix) and metadata of a file that must be of ``kind``."""
     shapes, info = files.read_metadata(path)
-    found = detect(shapes)
+    found = detect(shapes, metadata.kind_of(info))
     name = Path(path).name
     if found.kind != kind:
         raise CheckpointError(f"{name} is {found.description}; {_WHERE[kind]}")
-    state = _strip(files.read(path)[0])
+    state = files.read(path)[0]
+    if kind == "model":
+        state = _strip(state)
     files.check_finite({key: state[key] for key in check if key in state} if check else state, name)
     return state, info
 

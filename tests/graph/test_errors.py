@@ -160,7 +160,7 @@ def broken_files(vae, toys):
         ("garbage.safetensors", ["garbage.safetensors", "not a readable safetensors file"]),
         ("empty.safetensors", ["empty.safetensors", "0 bytes"]),
         ("pickled.pt", ["pickled.pt", "run code", "Convert it to safetensors"]),
-        ("plain_sd3_vae.safetensors", ["a plain SD3 VAE", "DA-VAE autoencoder", "models/vae"]),
+        ("plain_sd3_vae.safetensors", ["a plain VAE with 16 latent channels", "DA-VAE autoencoder", "models/vae"]),
         ("nan.safetensors", ["nan.safetensors", "joint_up.conv.weight", "NaN", "another file"]),
         ("an_adapter.safetensors", ["a DA-VAE adapter", "models/vae"]),
         ("missing.safetensors", ["'missing.safetensors' was not found", "models/vae", "Put it there"]),

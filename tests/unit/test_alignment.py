@@ -48,3 +48,9 @@ def test_gradient_reaches_the_detail_latent_and_never_the_base_latent() -> None:
     assert z_base.grad is None
     error = grouped_mean(z_detail.detach(), 4) - z_base.detach()
     assert torch.allclose(z_detail.grad, (2 / 16 / 2 * error).repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (1, 16, 4, 1)])
+def test_latents_of_different_images_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(LatentError, match="not of one image"):
+        alignment_loss(torch.zeros(1, 16, 4, 4), torch.zeros(shape))

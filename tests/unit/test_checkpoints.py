@@ -316,7 +316,7 @@ def test_a_save_that_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patched:
         patched.setattr(files, "save_file", give_up_half_way)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(CheckpointError, match="no space left"):
             files.save(path, {"a": torch.zeros(4000)}, {})
     assert files.read(path)[0]["a"].tolist() == [1, 1, 1, 1]
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
@@ -455,7 +455,9 @@ def test_a_plain_sd3_vae_is_no_davae(tmp_path: Path, toy_vae: Any) -> None:
     path = tmp_path / "sd3_vae.safetensors"
     files.save(path, Autoencoder(toy_vae).state_dict(), {})
     message = message_of(load_autoencoder, path)
-    assert message.startswith("sd3_vae.safetensors is a plain SD3 VAE (16 latent channels, no detail branch)")
+    assert message.startswith(
+        "sd3_vae.safetensors is a plain VAE with 16 latent channels, like SD3's (no detail branch)"
+    )
     assert message.endswith("choose a DA-VAE autoencoder (models/vae)")
 
 
@@ -544,10 +546,13 @@ def test_metadata_that_contradicts_the_shapes_is_told(
     assert "the file is damaged" in message
 
 
-def test_a_vocabulary_that_does_not_fit_its_embeddings_is_told(written: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "vocabulary", ['{"vocabulary": ["red"]}', '{"vocabulary": [1, 2, 3]}', '{"vocabulary": 3}', "{}"]
+)
+def test_a_vocabulary_that_does_not_fit_its_embeddings_is_told(written: dict[str, Path], vocabulary: str) -> None:
     path = written["text_encoder"]
-    message = message_of(load_text_encoder, rewrite(path, davae_config='{"vocabulary": ["red"]}'))
-    assert message == f"{path.name}: 1 words do not fit 5 embeddings; the file is damaged"
+    message = message_of(load_text_encoder, rewrite(path, davae_config=vocabulary))
+    assert message == f"{path.name}: its vocabulary is not 3 words, one for each embedding; the file is damaged"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -725,3 +730,34 @@ def test_every_kind_of_metadata_is_read_back_by_the_parser() -> None:
         assert metadata.kind_of(info) == kind
         assert metadata.latent_of(metadata.parse(info, kind, "x"), "x") == (SPEC, ADVICE)  # type: ignore[arg-type]
     assert metadata.kind_of({}) is None
+
+
+# What a save and a load must not stumble over
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    files.save(tmp_path / "x.safetensors", {"whole": whole, "same": whole, "half": whole[:3]}, {})
+    state, _ = files.read(tmp_path / "x.safetensors")
+    assert torch.equal(state["whole"], whole) and torch.equal(state["same"], whole)
+    assert torch.equal(state["half"], whole[:3])
+
+
+def test_the_remains_of_a_killed_save_are_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".x.safetensors.12345.part").write_bytes(b"half")
+    (tmp_path / ".y.safetensors.12345.part").write_bytes(b"of another file")
+    files.save(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".y.safetensors.12345.part", "x.safetensors"]
+
+
+def test_a_merged_model_that_lacks_a_block_tensor_is_told(written: dict[str, Path]) -> None:
+    path = written["model"]
+    message = message_of(load_merged, rewrite(path, {"joint_blocks.1.x_block.mlp.fc1.weight": None}))
+    assert message.startswith(path.name) and "joint_blocks.1.x_block.mlp.fc1.weight" in message
+
+
+def test_lora_factors_of_different_ranks_are_told(written: dict[str, Path]) -> None:
+    path = written["adapter"]
+    name = next(name for name in files.read(path)[0] if name.endswith("lora_B.weight"))
+    message = message_of(load_adapter, rewrite(path, {name: torch.zeros(128, 7)}))
+    assert message.startswith(path.name) and name.removesuffix(".lora_B.weight") in message and "[128, 7]" in message
