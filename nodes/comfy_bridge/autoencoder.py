@@ -81,7 +81,7 @@ class AutoencoderHandle:
             partial(self.model.decode_tiled, on_strip=check_interrupt),
             DECODE_BYTES * self.latent.factor**2 * z.shape[2] * z.shape[3],
         )
-        return ((x + 1) / 2).clamp_(0, 1).movedim(1, -1)
+        return to_unit_range(x).movedim(1, -1)
 
     def _run(
         self,
@@ -137,9 +137,8 @@ class AutoencoderHandle:
 
         Takes ``[B, 3, H, W]`` in [0, 1].
         """
-        return self._each(
-            partial(self.model.encode_tiled, on_strip=check_interrupt), [(part,) for part in (pixels * 2 - 1).split(1)]
-        )
+        encode = partial(self.model.encode_tiled, on_strip=check_interrupt)
+        return self._each(encode, [(part,) for part in (pixels * 2 - 1).split(1)])
 
     def _stock_decode_tiled(self, samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """In place of the stock VAE's tiling: strips give the exact image, whatever tile size is asked for.
@@ -147,15 +146,8 @@ class AutoencoderHandle:
         Gives ``[B, 3, H, W]`` in [0, 1].
         """
         self.latent.check(samples, "the LATENT")
-        return (
-            (
-                self._each(
-                    partial(self.model.decode_tiled, on_strip=check_interrupt), [(part,) for part in samples.split(1)]
-                )
-                + 1
-            )
-            / 2
-        ).clamp_(0, 1)
+        decode = partial(self.model.decode_tiled, on_strip=check_interrupt)
+        return to_unit_range(self._each(decode, [(part,) for part in samples.split(1)]))
 
     def _stock(self, stage: nn.Module, channels: int, factor: int, encode_share: float) -> comfy.sd.VAE:
         """ComfyUI's VAE object around one of our faces.
@@ -195,6 +187,11 @@ def load_autoencoder(path: Path, dtype: torch.dtype | None = None) -> Autoencode
     offload = management.vae_offload_device()
     patcher = comfy.model_patcher.ModelPatcher(model.to(offload), load_device=device, offload_device=offload)
     return AutoencoderHandle(model, patcher, path.name)
+
+
+def to_unit_range(x: torch.Tensor) -> torch.Tensor:
+    """From about [-1, 1] to [0, 1]."""
+    return ((x + 1) / 2).clamp_(0, 1)
 
 
 class _Stage(nn.Module):
