@@ -275,7 +275,7 @@ class DAVAE(nn.Module):
         ):
             raise LatentError(
                 f"image has shape {list(x.shape)}, expected [batch, {self.config.base.image_channels}, height, width] "
-                f"with height and width multiples of {factor}"
+                f"with height and width positive multiples of {factor}"
             )
 
 

@@ -36,6 +36,15 @@ def fit(image: torch.Tensor, spec: LatentSpec, rule: str, mode: str = "replicate
     return pad_to_multiple(image, size_multiple(spec), mode)
 
 
+def without_padding(image: torch.Tensor, size: tuple[int, int], multiple: int) -> torch.Tensor:
+    """Cut off what :func:`fit` padded an image of ``size`` (height, width) with, also where it was scaled up since."""
+    (height, width), padded = size, [round_up(side, multiple) for side in size]
+    scale = image.shape[1] / padded[0]
+    if scale < 1 or image.shape[1] * padded[1] != image.shape[2] * padded[0]:
+        return image  # cropped or stretched: where the padding is now cannot be told
+    return centre(image, round(height * scale), round(width * scale))
+
+
 def fit_mask(mask: torch.Tensor, size: tuple[int, ...], spec: LatentSpec, rule: str) -> torch.Tensor:
     """A MASK ``[B, H, W]`` of an image of ``size`` as its latent's noise mask ``[B, 1, H', W']``, 0 in the padding."""
     mask = mask.reshape(-1, *mask.shape[-2:])
@@ -157,9 +166,8 @@ class DetailDecode(io.ComfyNode):
         z, spec = samples["samples"], davae.latent
         require_davae_latent(z, spec)
         image = davae.decode(z, detail_strength)
-        height, width = samples.get(SIZE_KEY, image.shape[1:3])
-        if [round_up(side, size_multiple(spec)) for side in (height, width)] == list(image.shape[1:3]):
-            image = centre(image, height, width)  # without what Detail Encode padded
+        if SIZE_KEY in samples:
+            image = without_padding(image, samples[SIZE_KEY], size_multiple(spec))
         return io.NodeOutput(image)
 
 

@@ -28,8 +28,8 @@ class AdaptedSampler(io.ComfyNode):
                     "adapter_name",
                     options=[NO_ADAPTER, *comfy_bridge.file_names("loras")],
                     default=NO_ADAPTER,
-                    tooltip="A DA-VAE adapter file to apply to the MODEL at full strength, in place of a DA-VAE "
-                    "Adapter node.",
+                    tooltip="A DA-VAE adapter file to apply to the MODEL at full strength. It is applied anew at each "
+                    "run; a DA-VAE Adapter node does it once.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not."),

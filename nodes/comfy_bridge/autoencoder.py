@@ -222,6 +222,16 @@ class _JointStage(_Stage):
 class _BaseStage(_Stage):
     """The base VAE alone."""
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The base VAE's tensors under the names of an SD3 VAE file."""
+        parts = {"encoder.": self.model.base_encoder, "decoder.": self.model.base_decoder}
+        return {
+            f"{prefix}{name}": tensor
+            for prefix, part in parts.items()
+            if part is not None
+            for name, tensor in part.state_dict(*args, **kwargs).items()
+        }
+
     def encode(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
         return self.model.base_encoder(x).chunk(2, dim=1)[0]
 

@@ -9,11 +9,16 @@ from ...davae_core.latent import LatentSpec
 
 def require_channels(spec: LatentSpec, shape: tuple[int, ...]) -> None:
     """Raise LatentError, in the words of the graph, unless this is the shape of a latent for an adapted model."""
-    if len(shape) != 4 or shape[1] != spec.channels:
+    if len(shape) != 4:
         raise LatentError(
-            f"the LATENT has {shape[1] if len(shape) > 1 else 'no'} channels, but the adapted MODEL works on "
-            f"{spec.channels} ({spec.base_channels} base + {spec.detail_channels} detail). Make it with Empty DA-VAE "
-            "Latent or Detail Encode, or turn an ordinary SD3 latent into one with Base to DA-VAE Latent"
+            f"the LATENT has shape {list(shape)}, as of a video or of sound; the adapted MODEL makes pictures, [batch, "
+            f"{spec.channels}, height/{spec.factor}, width/{spec.factor}]. Make it with Empty DA-VAE Latent"
+        )
+    if shape[1] != spec.channels:
+        raise LatentError(
+            f"the LATENT has {shape[1]} channels, but the adapted MODEL works on {spec.channels} ({spec.base_channels} "
+            f"base + {spec.detail_channels} detail). Make it with Empty DA-VAE Latent or Detail Encode, or turn an "
+            "ordinary SD3 latent into one with Base to DA-VAE Latent"
         )
 
 

@@ -27,7 +27,13 @@ class AdaptedSD3(comfy.model_base.SD3):
         noise = kwargs.get("noise")
         if noise is not None:
             check_latent(self, noise.shape)
+            check_area(noise.shape, kwargs.get("area"))
         check_conditioning(self, kwargs.get("cross_attn"), kwargs.get("pooled_output"))
+        if kwargs.get("control") is not None:
+            raise DAVAEError(
+                "the CONDITIONING carries a ControlNet, but ControlNets for SD3 read latents of 16 channels at 1/8 and "
+                "do not fit an adapted MODEL; remove the ControlNet, or use the unadapted model"
+            )
         return super().extra_conds(**kwargs)
 
 
@@ -42,6 +48,18 @@ def check_latent(model: comfy.model_base.BaseModel, shape: tuple[int, ...]) -> N
         raise LatentError(
             f"{width} x {height} px is too large for this model: its position grid ends at {most * spec.factor} px a "
             "side. Choose a smaller size"
+        )
+
+
+def check_area(shape: tuple[int, ...], area: Any) -> None:
+    """Raise DAVAEError for an area that ends outside of the latent: ComfyUI counts 8 pixels for each latent pixel."""
+    if area is None or len(area) != 4:
+        return
+    height, width, top, left = area
+    if top + height > shape[2] or left + width > shape[3]:
+        raise DAVAEError(
+            "the CONDITIONING is set to an area that ends outside of the image: Conditioning (Set Area) counts in "
+            "pixels of ordinary latents. Use Conditioning (Set Area with Percentage) for DA-VAE latents"
         )
 
 

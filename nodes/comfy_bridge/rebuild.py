@@ -13,6 +13,7 @@ import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from ...davae_core.adapter import EMBED, HEAD, WIDENED, Adapter, check_fits, widen
 from ...davae_core.errors import DAVAEError
@@ -20,6 +21,7 @@ from .model import AdaptedSD3, describe, is_sd3, model_config
 from .versions import archive_dtypes, inference_dtype, stored, unload
 
 NETWORK = "diffusion_model."
+COMPILED = "torch.compile"  # the wrapper by which ComfyUI's compile nodes put a compiled network in place
 
 # What makes a patcher belong to one inner model; everything else of the user's patcher is carried over.
 _OWN = {
@@ -113,10 +115,18 @@ class _Rebuild:
         return {key.removeprefix(NETWORK): stored(tensor) for key, tensor in {**state, **saved}.items()}
 
     def _plain_weight(self, name: str) -> torch.Tensor:
-        """A tensor of the base network without LoRA or quantisation, in the dtype the network computes in."""
-        weight, _, convert = comfy.model_patcher.get_key_weight(self.base.model, NETWORK + name)
-        weight = self._saved().get(NETWORK + name, weight)
-        return (weight if convert is None else convert(weight, inplace=False)).to(inference_dtype(self.base.model))
+        """A tensor of the base network without quantisation, in the dtype the network computes in.
+
+        What a LoRA or a merge has put on this layer is counted in; it cannot be carried over to a layer of another
+        shape.
+        """
+        key, dtype = NETWORK + name, inference_dtype(self.base.model)
+        weight, _, convert = comfy.model_patcher.get_key_weight(self.base.model, key)
+        weight = self._saved().get(key, weight)
+        weight = weight if convert is None else convert(weight, inplace=False)
+        if key in self.base.patches:
+            weight = comfy.lora.calculate_weight(self.base.patches[key], weight.to(torch.float32, copy=True), key)
+        return weight.to(dtype)
 
     def _new_patcher(self, model: AdaptedSD3, disable_dynamic: bool) -> ModelPatcher:
         """A patcher of the base's kind around the new model, carrying what the user put on the base."""
@@ -125,11 +135,8 @@ class _Rebuild:
         for name, value in vars(self.base.clone()).items():
             if name not in _OWN:
                 setattr(patcher, name, value)
-        for key in [key for key in patcher.patches if _replaced(key)]:
-            logging.warning(
-                "DA-VAE: a LoRA or patch on %s of the MODEL is left out: the adapter replaces that layer", key
-            )
-            del patcher.patches[key]
+        for name in WIDENED:
+            patcher.patches.pop(NETWORK + name, None)  # already counted in, see _plain_weight
         for key in [
             key for key in patcher.object_patches if key == "latent_format" or key.startswith("diffusion_model")
         ]:
@@ -137,6 +144,9 @@ class _Rebuild:
                 "DA-VAE: the patch of %s on the MODEL is left out: it belongs to the unadapted network", key
             )
             del patcher.object_patches[key]
+        if patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILED):
+            logging.warning("DA-VAE: the MODEL was compiled before the adapter; put the compile node after the adapter")
+            patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILED)
         patcher.cached_patcher_init = (self.run, ())
         return patcher
 
@@ -153,9 +163,3 @@ class _Rebuild:
                 f"{self.name} changes {expected} layers of the trunk, but the MODEL has only {len(added)} of them; use "
                 "the model the adapter was trained for"
             )
-
-
-def _replaced(key: str) -> bool:
-    """Whether a patched key is a layer whose shape the adapter changes (the embedder's bias keeps its own)."""
-    name = key.removeprefix(NETWORK)
-    return name.startswith((EMBED, HEAD)) and name != f"{EMBED}bias"

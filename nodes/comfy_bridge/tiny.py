@@ -12,7 +12,7 @@ from comfy.supported_models_base import ClipTarget
 from torch import nn
 
 from ...davae_core import checkpoints, tiny
-from ...davae_core.errors import CheckpointError
+from ...davae_core.errors import CheckpointError, DAVAEError
 from ...davae_core.text_encoder import TextEncoder
 from .folders import file_stamp
 
@@ -48,6 +48,15 @@ def _clip(encoder: TextEncoder) -> comfy.sd.CLIP:
     return comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
 
 
+class _Tokens(dict):
+    """Tokens by encoder; asked for an encoder of the real SD3.5, it says what to do."""
+
+    def __missing__(self, encoder: str) -> None:
+        raise DAVAEError(
+            f"the tiny model has one text encoder and no {encoder!r}; encode its prompts with the CLIP Text Encode node"
+        )
+
+
 class _Tokenizer:
     """Words to (token, weight), with ComfyUI's ``(word:1.2)`` notation."""
 
@@ -59,7 +68,7 @@ class _Tokenizer:
         padded = self.encoder.pad([token for token, _ in pairs])
         weights = ([weight for _, weight in pairs] + [1.0] * len(padded))[: len(padded)]
         numbers = [(i + 1,) if return_word_ids else () for i in range(len(padded))]
-        return {"tiny": [[(token, weight, *n) for token, weight, n in zip(padded, weights, numbers, strict=True)]]}
+        return _Tokens(tiny=[[(token, weight, *n) for token, weight, n in zip(padded, weights, numbers, strict=True)]])
 
     def untokenize(self, pairs: list[tuple]) -> list[tuple]:
         words = ("<pad>", "<unknown>", *self.encoder.config.vocabulary)

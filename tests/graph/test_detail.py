@@ -70,7 +70,30 @@ def test_padded_sizes_come_back_as_they_were(run, toys, width, height):
     rows, columns = (-(-side // 32) * 2 for side in (height, width))
     assert out["latent"]["samples"].shape == (1, 32, rows, columns)
     assert out["image"].shape == (1, height, width, 3)
-    assert out["resampled"].shape == (1, rows * 32, columns * 32, 3)  # another size: nothing is cut off
+    assert out["resampled"].shape == (1, 2 * height, 2 * width, 3)  # the padding was scaled up too
+
+
+def test_nothing_is_cut_off_a_latent_that_was_cropped_or_stretched(run, toys):
+    """Where the padding is then cannot be told."""
+
+    def build(g):
+        davae = toys.davae(g)
+        image = g.node("HarnessConstant", key="image")
+        latent = g.node("DAVAE_DetailEncode", image=image, davae=davae[2], size_rule="pad")
+        changed = {
+            "cropped": g.node("LatentCrop", samples=latent, width=64, height=64, x=0, y=0),
+            "stretched": g.node(
+                "LatentUpscale", samples=latent, upscale_method="bilinear", width=256, height=128, crop="disabled"
+            ),
+        }
+        return {
+            name: g.node("DAVAE_DetailDecode", samples=samples, davae=davae[2], detail_strength=1.0)
+            for name, samples in changed.items()
+        }
+
+    out = run(build, inputs={"image": torch.rand(1, 200, 230, 3)})
+    assert out["cropped"].shape == (1, 128, 128, 3)
+    assert out["stretched"].shape == (1, 256, 512, 3)
 
 
 def test_crop_rule_cuts_around_the_centre_as_vae_encode_does(run, toys):

@@ -233,3 +233,37 @@ def test_a_grey_image(fails, toys):
 
     message = fails(build, inputs={"image": torch.zeros(1, 64, 64, 1)})
     assert "1 channels" in message and "red, green and blue" in message
+
+
+def test_a_video_latent(fails, toys):
+    def build(g):
+        return toys.ksampler(g, toys.adapter(g, toys.model(g)), g.node("HarnessConstant", key="video"))
+
+    message = fails(build, inputs={"video": {"samples": torch.randn(1, 32, 2, 8, 8)}})
+    assert "[1, 32, 2, 8, 8]" in message and "Empty DA-VAE Latent" in message
+
+
+def test_an_area_outside_of_the_latent(fails, toys):
+    def build(g):
+        node = toys.ksampler(g, toys.adapter(g, toys.model(g)), toys.empty(g))
+        positive = g.prompt[node.id]["inputs"]["positive"]
+        area = g.node("ConditioningSetArea", conditioning=positive, width=64, height=64, x=64, y=0, strength=1.0)
+        g.prompt[node.id]["inputs"]["positive"] = area[0]
+        return node
+
+    assert "Set Area with Percentage" in fails(build)
+
+
+def test_a_controlnet(fails, toys):
+    import comfy.controlnet
+
+    def build(g):
+        node = toys.ksampler(g, toys.adapter(g, toys.model(g)), toys.empty(g))
+        g.prompt[node.id]["inputs"]["positive"] = g.node("HarnessConstant", key="controlled")[0]
+        return node
+
+    family = toys.family.model
+    control = comfy.controlnet.ControlBase()
+    extras = {"pooled_output": torch.zeros(1, family.pooled), "control": control, "control_apply_to_uncond": True}
+    message = fails(build, inputs={"controlled": [[torch.zeros(1, 8, family.context), extras]]})
+    assert "ControlNet" in message and "16 channels" in message

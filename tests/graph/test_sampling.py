@@ -240,35 +240,82 @@ def test_strength_scales_what_the_adapter_changes_in_the_pretrained_weights(run,
     assert (out["0.0"] - out["0.5"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
-def test_a_lora_on_the_embedder_or_the_head_loses_those_layers_with_a_warning(base, comfy, run, toys, where):
+def ends_lora(base, toys) -> str:
+    """A LoRA on the trunk, the embedder and the head; also written without the last two, as ``trunk_`` + its name."""
     hidden, file = toys.family.model.hidden, "ends_lora.safetensors"
-    trunk = {
-        "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.randn(2, hidden),
-        "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": 0.1 * torch.randn(hidden, 2),
+    generator = torch.Generator().manual_seed(8)
+    state = {
+        f"{name}.lora_{factor}.weight": torch.randn(shape, generator=generator) * 0.1
+        for name, shapes in {
+            "transformer.transformer_blocks.0.attn.to_q": [(2, hidden), (hidden, 2)],
+            "diffusion_model.final_layer.linear": [(2, hidden), (64, 2)],
+            "diffusion_model.x_embedder.proj": [(2, 16, 2, 2), (hidden, 2, 1, 1)],
+        }.items()
+        for factor, shape in zip("AB", shapes, strict=True)
     }
-    ends = {
-        "diffusion_model.final_layer.linear.lora_A.weight": torch.randn(2, hidden),
-        "diffusion_model.final_layer.linear.lora_B.weight": torch.randn(64, 2),
-        "diffusion_model.x_embedder.proj.lora_A.weight": torch.randn(2, 16, 2, 2),
-        "diffusion_model.x_embedder.proj.lora_B.weight": torch.randn(hidden, 2, 1, 1),
-    }
+    save_file(state, base / "models" / "loras" / file)
+    trunk = {name: tensor for name, tensor in state.items() if name.startswith("transformer.")}
     save_file(trunk, base / "models" / "loras" / f"trunk_{file}")
-    save_file({**trunk, **ends}, base / "models" / "loras" / file)
+    return file
+
+
+def with_lora(g, model, name):
+    return g.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
+
+
+def test_a_lora_on_the_embedder_and_the_head_counts_when_it_is_put_on_before_the_adapter(base, run, toys):
+    name = ends_lora(base, toys)
+
+    def build(g):
+        model = toys.model(g)
+        native = g.node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+        return {
+            "plain": toys.ksampler(g, model, native),
+            "base": toys.ksampler(g, with_lora(g, model, name), native),
+            "adapted": toys.ksampler(g, toys.adapter(g, with_lora(g, model, name), zero=True), toys.empty(g)),
+        }
+
+    out = {key: value["samples"] for key, value in run(build).items()}
+    assert (out["base"] - out["plain"]).abs().max() > 1e-2
+    assert (out["adapted"][:, :16] - out["base"]).abs().max() <= 1e-4
+
+
+def test_a_lora_on_the_embedder_and_the_head_loses_them_when_it_is_put_on_after_the_adapter(base, comfy, run, toys):
+    name = ends_lora(base, toys)
 
     def sampled(name):
-        def build(g):
-            def with_lora(model):
-                return g.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
+        return run(lambda g: {"x": toys.ksampler(g, with_lora(g, toys.adapter(g, toys.model(g)), name), toys.empty(g))})
 
-            model = toys.model(g)
-            model = toys.adapter(g, with_lora(model)) if where == "before" else with_lora(toys.adapter(g, model))
-            return {"latent": toys.ksampler(g, model, toys.empty(g))}
-
-        return run(build)["latent"]["samples"]
-
-    expected = sampled(f"trunk_{file}")
+    expected = sampled(f"trunk_{name}")["x"]["samples"]
     seen = len(comfy.log)
-    assert torch.allclose(sampled(file), expected, atol=1e-5)
+    assert torch.allclose(sampled(name)["x"]["samples"], expected, atol=1e-5)
     log = "\n".join(comfy.log[seen:])
     assert "final_layer.linear" in log and "x_embedder.proj" in log
+
+
+def test_a_merge_of_a_model_with_itself_is_adapted_like_the_model(run, toys):
+    def build(g):
+        model = toys.model(g)
+        merge = g.node("ModelMergeSimple", model1=model, model2=model, ratio=0.5)
+        return {
+            "plain": toys.ksampler(g, toys.adapter(g, model), toys.empty(g)),
+            "merged": toys.ksampler(g, toys.adapter(g, merge), toys.empty(g)),
+        }
+
+    out = {key: value["samples"] for key, value in run(build).items()}
+    assert torch.allclose(out["plain"], out["merged"], atol=1e-4)
+
+
+def test_a_model_compiled_before_the_adapter_is_adapted_uncompiled_with_a_warning(comfy, run, toys):
+    def build(g):
+        model = toys.model(g)
+        compiled = g.node("TorchCompileModel", model=model, backend="inductor")
+        return {
+            "plain": toys.ksampler(g, toys.adapter(g, model), toys.empty(g)),
+            "compiled before": toys.ksampler(g, toys.adapter(g, compiled), toys.empty(g)),
+        }
+
+    seen = len(comfy.log)
+    out = {key: value["samples"] for key, value in run(build).items()}
+    assert torch.equal(out["plain"], out["compiled before"])
+    assert "put the compile node after the adapter" in "\n".join(comfy.log[seen:])

@@ -36,6 +36,14 @@ def test_prompts_weights_and_unknown_words(run, toys):
     assert not torch.allclose(out["unknown"], out["other"])
 
 
+def test_an_encode_node_for_the_real_encoders_says_what_to_use(fails):
+    def build(g):
+        texts = {"clip_l": "3d peach", "clip_g": "3d peach", "t5xxl": "3d peach"}
+        return g.node("CLIPTextEncodeSD3", clip=g.node("DAVAE_TinySD35")[1], **texts, empty_padding="none")
+
+    assert "CLIP Text Encode" in fails(build)
+
+
 def test_stock_clip_nodes_accept_it(run, toys):
     def build(g):
         tiny = g.node("DAVAE_TinySD35")
