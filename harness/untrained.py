@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from davae_core import checkpoints, tiny
-from davae_core.adapter import PREFIX, Adapter, Recommended, merge, zero_adapter
+from davae_core.adapter import Adapter, Recommended, merge, zero_adapter
 from davae_core.autoencoder import AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.latent import LatentSpec
@@ -80,7 +80,6 @@ class Family:
             else tensor
             for name, tensor in blank.state.items()
         }
-        assert any(name.startswith(PREFIX) for name in state)
         return Adapter(config, state)
 
     def merged(self) -> checkpoints.MergedModel:

@@ -109,16 +109,16 @@ def load_merged(path: PathLike) -> MergedModel:
     name = Path(path).name
     latent, recommended = metadata.latent_of(metadata.parse(info, "model", name), name)
     with _naming(name):
-        channels = MMDiTConfig.from_state_dict(state)
+        config = MMDiTConfig.from_state_dict(state)
     with torch.device("meta"):
-        missing = [key for key in MMDiT(channels).state_dict() if key not in state]
+        missing = [key for key in MMDiT(config).state_dict() if key not in state]
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} tensors of the model, {missing[0]} first; the file is damaged"
         )
-    if channels.in_channels != latent.channels or channels.out_channels != latent.channels:
+    if config.in_channels != latent.channels or config.out_channels != latent.channels:
         raise CheckpointError(
-            f"{name}: its weights read {channels.in_channels} and predict {channels.out_channels} channels, its "
+            f"{name}: its weights read {config.in_channels} and predict {config.out_channels} channels, its "
             f"metadata says {latent.channels}; the file is damaged"
         )
     return MergedModel(state, latent, recommended)

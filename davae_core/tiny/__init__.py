@@ -1,4 +1,4 @@
-"""The tiny models that ship with the pack: where their files are. Inference never needs more than this."""
+"""The tiny models: where their files are, once they ship with the pack. Inference never needs more than this."""
 
 from pathlib import Path
 

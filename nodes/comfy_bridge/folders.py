@@ -9,7 +9,7 @@ from ...davae_core.errors import CheckpointError
 
 
 def register_folders() -> None:
-    """List the files that ship with the pack beside the user's own, for stock and own loaders alike."""
+    """List files inside the pack beside the user's own, for stock and own loaders alike."""
     for kind, folder in tiny.FOLDERS.items():
         if folder.is_dir():
             folder_paths.add_model_folder_path(kind, str(folder))

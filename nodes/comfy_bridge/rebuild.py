@@ -105,7 +105,7 @@ class _Rebuild:
 
     def _saved(self) -> dict[str, torch.Tensor]:
         """Tensors as loaded from the file, of layers that hold a LoRA's result now: a LoRA that is in use lives in the
-        weights, and the patcher keeps the originals."""
+        weights, and the patcher keeps the originals. After :func:`unload` there should be none left."""
         return {key: saved[0] for key, saved in {**self.base.backup, **self.base.hook_backup}.items()}
 
     def _original_weights(self) -> dict[str, torch.Tensor]:

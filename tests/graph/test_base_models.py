@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from davae_core import checkpoints
+
 SCALED = "toy_scaled_fp8.safetensors"
 CHECKPOINT = "toy_checkpoint.safetensors"
 
@@ -82,8 +84,6 @@ def test_a_whole_checkpoint_in_half_precision(base, run, toys, dtype):
 
 
 def test_a_replaced_file_is_loaded_anew(base, run, toys):
-    from davae_core import checkpoints
-
     path = base / "models" / "loras" / "changing.safetensors"
 
     def latent():

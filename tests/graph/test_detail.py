@@ -96,7 +96,7 @@ def test_nothing_is_cut_off_a_latent_that_was_cropped_or_stretched(run, toys):
     assert out["stretched"].shape == (1, 256, 512, 3)
 
 
-def test_crop_rule_cuts_around_the_centre_as_vae_encode_does(run, toys):
+def test_crop_rule_cuts_equally_from_both_sides(run, toys):
     image = torch.rand(1, 70, 100, 3)
 
     def build(g):

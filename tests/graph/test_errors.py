@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,8 +115,6 @@ def test_an_adapted_model_for_the_adapter(fails, toys):
 
 
 def test_an_adapter_of_another_width(base, fails, toys):
-    from dataclasses import replace
-
     wide = Family(model=replace(toys.family.model, hidden=192, depth=3))
     checkpoints.save_adapter(base / "models" / "loras" / "wide_adapter.safetensors", wide.adapter())
     message = fails(
@@ -125,8 +124,6 @@ def test_an_adapter_of_another_width(base, fails, toys):
 
 
 def test_an_adapter_of_a_deeper_model(base, fails, toys):
-    from dataclasses import replace
-
     deep = Family(model=replace(toys.family.model, depth=4))
     checkpoints.save_adapter(base / "models" / "loras" / "deep_adapter.safetensors", deep.adapter())
     message = fails(

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from harness.graph import Graph
+
 USER_LORA = "user_lora.safetensors"
 
 
@@ -100,8 +102,6 @@ def test_base_and_adapted_model_sample_in_both_orders_with_previews_and_the_base
 
 
 def test_previews_arrive_at_every_step_and_show_the_base_channels(comfy, toys):
-    from harness.graph import Graph
-
     g = Graph()
     latent = toys.ksampler(g, toys.adapter(g, toys.model(g)), toys.empty(g, width=192, height=128), steps=3, seed=99)
     g.node("HarnessCapture", value=latent, key="latent")
@@ -147,8 +147,6 @@ def test_the_adapter_reads_the_original_weights_of_a_model_whose_lora_is_in_use(
 @pytest.mark.parametrize("with_lora", [False, True], ids=["plain", "with a LoRA"])
 @pytest.mark.parametrize("ending", ["interrupted", "failed"])
 def test_the_users_model_is_bit_identical_after_a_run_that_did_not_end_well(comfy, run, toys, ending, with_lora):
-    from harness.graph import Graph
-
     model = run(lambda g: {"model": lora(g, toys.model(g)) if with_lora else toys.model(g)})["model"]
 
     def native(g):
