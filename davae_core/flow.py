@@ -43,8 +43,20 @@ def detail_weight(step: int, warmup: int) -> float:
     return (1 - math.cos(math.pi * step / warmup)) / 2
 
 
+def min_snr_weight(t: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Weight ``[B]`` of the squared velocity error that weighs the error of x_0 by min(SNR, gamma).
+
+    Source: min-SNR (arXiv 2303.09556) with SNR = ((1 - t) / t)^2; the error of x_0 is t times that of the velocity.
+    """
+    return torch.minimum((1 - t) ** 2, gamma * t**2)
+
+
 def flow_loss(
-    prediction: torch.Tensor, target: torch.Tensor, base_channels: int, weight: float
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    base_channels: int,
+    weight: float,
+    sample_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Squared error with the detail channels weighted, normalised by the weighted element count (eq. 13).
 
@@ -52,14 +64,18 @@ def flow_loss(
         prediction, target: ``[B, C + D, h, w]``.
         base_channels: C.
         weight: w(n) in [0, 1].
+        sample_weight: ``[B]``, a factor on each sample's error in the loss; 1 when not given.
 
     Returns:
         The loss, and for the log the plain mean squared error of the base and of the detail channels; scalars.
     """
     error = (prediction.float() - target.float()) ** 2
     base, detail = error[:, :base_channels], error[:, base_channels:]
+    plain = base.mean().detach(), detail.mean().detach()
+    if sample_weight is not None:
+        base, detail = (part * sample_weight.view(-1, 1, 1, 1) for part in (base, detail))
     loss = (base.sum() + weight * detail.sum()) / (base.numel() + weight * detail.numel())
-    return loss, base.mean().detach(), detail.mean().detach()
+    return loss, *plain
 
 
 def sigmas(steps: int, shift: float = 1.0) -> torch.Tensor:

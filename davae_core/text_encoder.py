@@ -10,6 +10,11 @@ PAD, UNKNOWN = 0, 1
 _WORD = re.compile(r"[a-z0-9]+")
 
 
+def words(text: str) -> list[str]:
+    """The words of a prompt: runs of letters and digits, lower case."""
+    return _WORD.findall(text.lower())
+
+
 @dataclass(frozen=True)
 class TextEncoderConfig:
     """Shape of the encoder.
@@ -40,7 +45,7 @@ class TextEncoder(nn.Module):
 
     def tokenize(self, text: str) -> list[int]:
         """Tokens of the words of ``text``; unknown words are token 1."""
-        return [self._tokens.get(word, UNKNOWN) for word in _WORD.findall(text.lower())]
+        return [self._tokens.get(word, UNKNOWN) for word in words(text)]
 
     def pad(self, tokens: list[int]) -> list[int]:
         """Cut or fill with token 0 to the prompt length."""

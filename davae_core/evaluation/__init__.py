@@ -1,0 +1,14 @@
+"""Measuring what comes out: perceptual distance, and plain numbers on images."""
+
+from .metrics import high_frequency_energy, pooled_distance, psnr, resize_bicubic
+from .perceptual import PerceptualDistance, PerceptualName, load_perceptual
+
+__all__ = [
+    "PerceptualDistance",
+    "PerceptualName",
+    "high_frequency_energy",
+    "load_perceptual",
+    "pooled_distance",
+    "psnr",
+    "resize_bicubic",
+]

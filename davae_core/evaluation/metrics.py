@@ -1,0 +1,88 @@
+"""Plain numbers on images ``[B, 3, H, W]`` in [-1, 1]."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import LatentError
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_CHUNK = 4096
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB for a data range of 2, ``[B]``; infinite where the images are equal.
+
+    Raises:
+        LatentError: the shapes differ.
+    """
+    if a.shape != b.shape:
+        raise LatentError(f"PSNR compares images of one shape; given {[*a.shape]} and {[*b.shape]}")
+    error = (a.float() - b.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error)
+
+
+def high_frequency_energy(x: torch.Tensor, cutoff: float = 0.5) -> torch.Tensor:
+    """Mean square, per pixel, of what the luma holds above a radial frequency, ``[B]``.
+
+    The luma's mean is removed and a Hann window of mean square 1 laid over it, so that opposite borders that differ do
+    not count as detail; noise keeps its energy, and a wave of amplitude A above the cutoff has A^2 / 2.
+
+    Args:
+        x: images ``[B, 3, H, W]`` in [-1, 1].
+        cutoff: as a fraction of the Nyquist frequency, 0.5 cycles per pixel along either axis; the corners of the
+            spectrum lie at the square root of 2.
+    """
+    height, width = x.shape[2:]
+    luma = torch.einsum("bchw,c->bhw", x.double(), x.new_tensor(_LUMA, dtype=torch.float64))
+    luma = luma - luma.mean((1, 2), keepdim=True)
+    window = _hann(height, luma)[:, None] * _hann(width, luma)
+    power = torch.fft.fft2(luma * window, norm="forward").abs().square()  # sums to the mean square
+    y, x_ = (2 * torch.fft.fftfreq(n, dtype=luma.dtype, device=luma.device) for n in (height, width))
+    above = torch.hypot(y[:, None], x_) >= cutoff
+    return (power * above).sum((1, 2)).float()
+
+
+def _hann(length: int, like: torch.Tensor) -> torch.Tensor:
+    """A periodic Hann window with mean square 1."""
+    window = torch.hann_window(length, dtype=like.dtype, device=like.device)
+    return window / window.square().mean().sqrt()
+
+
+def resize_bicubic(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """``[B, C, H, W]`` to ``[B, C, round(H * scale), round(W * scale)]``, clamped to [-1, 1].
+
+    The cubic (a = -0.5) widens with the reduction, so that shrinking does not alias.
+    """
+    size: Sequence[int] = [max(1, round(side * scale)) for side in x.shape[2:]]
+    return F.interpolate(x.float(), size=size, mode="bicubic", antialias=True).clamp(-1, 1).to(x.dtype)
+
+
+def pooled_distance(x: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """How far each image is from each reference when both are small: ``[B, N]``.
+
+    The mean squared difference over pixels and channels, of the image or its mirror image, whichever is nearer. The
+    references are converted to float32 a few at a time and may be stored in a smaller type.
+
+    Args:
+        x: images ``[B, 3, H, W]`` in [-1, 1]; averaged down to the size of the references.
+        references: average-pooled images ``[N, 3, h, w]`` in [-1, 1], on any device.
+
+    Raises:
+        LatentError: the references are larger than the images or have other channels.
+    """
+    if x.shape[1] != references.shape[1] or x.shape[2] < references.shape[2] or x.shape[3] < references.shape[3]:
+        raise LatentError(
+            f"images {[*x.shape]} cannot be pooled to references {[*references.shape]}: both must be [*, 3, height, "
+            "width], the references no larger than the images"
+        )
+    small = F.adaptive_avg_pool2d(x.float(), (references.shape[2], references.shape[3]))
+    both = torch.stack([small, small.flip(-1)]).flatten(2)  # [2, B, 3hw]
+    columns = []
+    for some in references.flatten(1).split(_CHUNK):
+        some = some.to(both.device, torch.float32)
+        # The products of cdist's matrix mode would not give zero for equal images.
+        distance = torch.cdist(both, some.expand(2, -1, -1), compute_mode="donot_use_mm_for_euclid_dist")
+        columns.append(distance.amin(0).square() / both.shape[2])
+    return torch.cat(columns, 1) if columns else both.new_zeros(len(x), 0)

@@ -1,0 +1,198 @@
+"""Stage 1: train the detail branch and the joint decoder of a DA-VAE on a frozen base VAE.
+
+    python -m davae_core.training.autoencoder micro --help
+
+Source: arXiv 2603.22125 sec. 3.1. Writes a DA-VAE file with the measured statistics of the detail channels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+import torch.nn.functional as F
+
+from .. import checkpoints, tiny
+from ..adapter import Recommended
+from ..alignment import alignment_loss
+from ..autoencoder import Autoencoder
+from ..davae import DAVAE, DAVAEConfig
+from ..latent import LatentSpec
+from . import base_autoencoder, script
+from .config import OptimiserConfig, RunConfig, from_command_line
+from .critic import CriticConfig, CriticPhase, PatchCritic
+from .data import DataConfig
+from .draws import Draws
+from .losses import Reconstruction, ReconstructionConfig, sampled
+from .report import tile
+from .task import Batch, Losses, Phase
+
+SHEET_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """How strongly the detail latent is drawn to the base latent (eq. 3-4)."""
+
+    weight: float = 0.2
+    """Of the alignment loss; 0 for none."""
+    adaptive: bool = False
+    """Multiply the weight by the ratio of the gradients of the other losses and of the alignment, on the last layer of
+    the detail encoder."""
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """A DA-VAE on a base VAE."""
+
+    data: DataConfig
+    run: RunConfig
+    base: Path
+    """File of the base VAE (SD3 layout)."""
+    optimiser: OptimiserConfig = OptimiserConfig(weight_decay=1e-4)
+    losses: ReconstructionConfig = ReconstructionConfig(l1=2.0)
+    alignment: AlignmentConfig = AlignmentConfig()
+    critic: CriticConfig = CriticConfig()
+    detail_channels: int = 16
+    """D, a multiple of the base VAE's channels."""
+    scale: int = 2
+    """s, how much further the latent compresses in each direction."""
+    train_trunk: bool = False
+    """Give the detail branch a trunk of its own, trained; otherwise it uses the frozen base encoder's (SD3 recipe)."""
+    detail_dropout: float = 0.1
+    """Share of samples whose whole detail latent is set to zero before decoding."""
+
+
+class AutoencoderPhase(Phase):
+    """Everything but the critic. The base encoder and base decoder are frozen."""
+
+    def __init__(self, model: DAVAE, recipe: AutoencoderRecipe, critic: PatchCritic | None) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+        self.losses = Reconstruction(recipe.losses)
+        self._critic = (critic,)  # in a tuple: not a submodule, it is trained by its own phase
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """See :class:`Phase`."""
+        recipe, model = self.recipe, self.model
+        x = batch["image"]
+        with torch.no_grad():
+            z_base = model.encode_base(x).float()
+        moments = self.moments(x)
+        draws = Draws(recipe.run.seed, step, batch["position"])
+        z_detail = sampled(moments, draws.normal("latent", z_base.new_empty(moments.chunk(2, dim=1)[0].shape)))
+        kept = (draws.uniform("detail") >= recipe.detail_dropout).to(z_detail).view(-1, 1, 1, 1)
+        y = model.decode(torch.cat([z_base, z_detail * kept], dim=1))
+        losses = self.losses(x, y, moments)
+        batch["reconstruction"] = y.detach()
+        critic = self._critic[0]
+        if critic is not None and step >= recipe.critic.start:
+            losses["adversarial"] = -critic(y).float().mean()
+            losses["loss"] = losses["loss"] + recipe.critic.weight * losses["adversarial"]
+        return self._aligned(losses, moments, z_base)
+
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean and log-variance of the detail latent; no gradient into a frozen trunk."""
+        if self.model.detail_trunk is not None:
+            return self.model.detail_moments(x)
+        with torch.no_grad():
+            features = self.model.base_encoder.features(x)
+        return self.model.detail_down(features)
+
+    def _aligned(self, losses: Losses, moments: torch.Tensor, z_base: torch.Tensor) -> Losses:
+        """The losses with the alignment added."""
+        config, spec = self.recipe.alignment, self.model.latent
+        mean = moments.chunk(2, dim=1)[0].float()
+        losses["alignment"] = alignment_loss(mean, (z_base - spec.base_shift) * spec.base_scale)
+        if config.weight:
+            weight = config.weight
+            if config.adaptive and torch.is_grad_enabled():
+                ratio = gradient_ratio(losses["loss"], losses["alignment"], self.model.detail_down.conv.weight)
+                losses["alignment_weight"] = weight * ratio
+                weight = losses["alignment_weight"]
+            losses["loss"] = losses["loss"] + weight * losses["alignment"]
+        return losses
+
+
+def gradient_ratio(loss: torch.Tensor, other: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """|d loss / d parameter| over |d other / d parameter|, at most 10^4; of the whole batch over all processes."""
+    norms = []
+    for value in (loss, other):
+        (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(gradient)
+        norms.append(gradient.norm())
+    return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
+
+
+class AutoencoderTask:
+    """Trains :class:`AutoencoderPhase`, with a critic where the recipe has one, and leaves a DA-VAE file."""
+
+    def __init__(self, recipe: AutoencoderRecipe, images: script.Images) -> None:
+        torch.manual_seed(recipe.run.seed)
+        self.recipe, self.images = recipe, images
+        base = base_autoencoder.load(recipe.base)
+        self.model = on_base(base, recipe.detail_channels, recipe.scale, recipe.train_trunk)
+        if recipe.run.compile:
+            self.model.decoder.compile()
+        critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
+        self.phase = AutoencoderPhase(self.model, recipe, critic)
+        self.phases: dict[str, Phase] = {"autoencoder": self.phase}
+        if critic is not None:
+            self.phases["critic"] = CriticPhase(critic, recipe.critic.start)
+
+    def to(self, device: torch.device) -> None:
+        """Move the model and the critic."""
+        for phase in self.phases.values():
+            phase.to(device)
+
+    def sheet(self, batch: Batch) -> torch.Tensor:
+        """Images; base latent decoded at half size and enlarged; reconstructions without and with detail."""
+        x = batch["image"][:SHEET_IMAGES]
+        z = self.model.encode(x)
+        small = self.model.decode_base(self.model.latent.split(z)[0]).float()
+        enlarged = F.interpolate(small, size=x.shape[-2:], mode="bicubic")
+        return tile([x, enlarged, *(self.model.decode(z, strength).float() for strength in (0.0, 1.0))])
+
+    def export(self, folder: Path) -> list[Path]:
+        """The DA-VAE in fp32, with the statistics of its detail channels."""
+        mean, std = script.statistics(self.model.encode_detail(x) for x in self.images())
+        self.model.set_detail_statistics(mean.tolist(), std.tolist())
+        path = folder / tiny.AUTOENCODER
+        checkpoints.save_autoencoder(path, self.model, Recommended(size=self.recipe.data.size))
+        return [path]
+
+
+def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bool) -> DAVAE:
+    """A DA-VAE whose parts are the base VAE's: encoder and decoder frozen, a second decoder to train."""
+    spec = LatentSpec(
+        base_channels=base.config.latent_channels,
+        detail_channels=detail_channels,
+        scale=scale,
+        base_factor=base.config.factor,
+    )
+    model = DAVAE(DAVAEConfig(base=base.config, latent=spec, shared_trunk=not train_trunk, base_decoder=True))
+    decoder = base.decoder.state_dict()
+    assert model.base_decoder is not None
+    model.base_encoder.load_state_dict(base.encoder.state_dict())
+    model.base_decoder.load_state_dict(decoder)
+    model.decoder.load_state_dict({n: t for n, t in decoder.items() if not n.startswith("conv_in.")})
+    if model.detail_trunk is not None:
+        encoder = base.encoder.state_dict()
+        model.detail_trunk.load_state_dict({n: t for n, t in encoder.items() if not n.startswith("conv_out.")})
+    model.base_encoder.requires_grad_(False)
+    model.base_decoder.requires_grad_(False)
+    return model
+
+
+def main(args: list[str] | None = None) -> int:
+    """Train from the command line."""
+    from .tiny.recipes import AUTOENCODER
+
+    recipe = from_command_line(AUTOENCODER, __doc__, args)
+    factor = base_autoencoder.load(recipe.base).config.factor * recipe.scale
+    return script.launch(recipe, factor, lambda images: AutoencoderTask(recipe, images))
+
+
+if __name__ == "__main__":
+    script.main(main)

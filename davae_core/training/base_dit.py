@@ -1,0 +1,204 @@
+"""Train an MMDiT in SD3.5's layout and a text encoder of word embeddings from nothing: the base of the tiny models.
+
+    python -m davae_core.training.base_dit micro --help
+
+Writes a diffusion model that ComfyUI loads as an SD3.5 model, and the text encoder for it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import checkpoints, flow, tiny
+from ..checkpoints import files
+from ..errors import DAVAEError
+from ..latent import BASE_NORMALISATION
+from ..mmdit import MMDiT, MMDiTConfig, sincos_grid
+from ..text_encoder import TextEncoder, TextEncoderConfig
+from . import base_autoencoder, script, sources
+from .config import OptimiserConfig, RunConfig, from_command_line
+from .data import DataConfig
+from .draws import Draws
+from .latents import LatentCache
+from .report import tile
+from .task import Batch, Losses, Phase
+from .text import Condition, vocabulary
+
+SHEET_IMAGES, SHEET_STEPS = 8, 20
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Rectified flow: which times are trained, and how prompts are left out."""
+
+    shift: float = 3.0
+    """Moves times towards noise: more for larger images."""
+    time_mean: float = 0.0
+    """Mean of the normal variable whose logistic function is the time, before the shift."""
+    time_std: float = 1.0
+    """Its standard deviation."""
+    prompt_dropout: float = 0.1
+    """Share of prompts replaced by an empty one, for classifier-free guidance."""
+    min_snr: float = 0.0
+    """Gamma of the min-SNR weighting of times; 0 for none."""
+
+
+@dataclass(frozen=True)
+class BaseDiTRecipe:
+    """A base diffusion model on the latents of a base autoencoder."""
+
+    data: DataConfig
+    run: RunConfig
+    autoencoder: Path
+    """File of the base autoencoder."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    flow: FlowConfig = FlowConfig()
+    model: MMDiTConfig = MMDiTConfig()
+    text_length: int = 8
+    """Tokens of a prompt."""
+    keep_latents: bool = False
+    """Keep the latents of all images in memory."""
+    cfg: float = 2.5
+    """Guidance scale of the sample sheets."""
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch on its way to noise: the point at time ``t``, what the model should predict there, and the weights."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor | None
+
+
+def noised(x0: torch.Tensor, draws: Draws, config: FlowConfig) -> Noised:
+    """Noise ``x0 [B, c, h, w]`` at times drawn per sample."""
+    noise = draws.normal("noise", x0)
+    t = flow.shift_time(torch.sigmoid(config.time_mean + config.time_std * draws.gaussian("time")), config.shift)
+    t = t.to(x0.device)
+    weight = flow.min_snr_weight(t, config.min_snr) if config.min_snr else None
+    return Noised(flow.add_noise(x0, noise, t), t, flow.velocity(x0, noise), weight)
+
+
+class BaseDiTPhase(Phase):
+    """Flow matching on latents in the model's units."""
+
+    def __init__(self, model: MMDiT, condition: Condition, latents: LatentCache, config: FlowConfig, seed: int) -> None:
+        super().__init__()
+        self.model, self.condition = model, condition
+        self.latents, self.config, self.seed = latents, config, seed
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """See :class:`Phase`."""
+        x0 = self.latents(batch["image"])
+        draws = Draws(self.seed, step, batch["position"])
+        dropped = draws.uniform("prompt") < self.config.prompt_dropout
+        context, pooled = self.condition(batch["caption"], dropped)
+        point = noised(x0, draws, self.config)
+        prediction = self.model(point.x, point.t, context, pooled)
+        error = ((prediction.float() - point.target) ** 2).mean(dim=(1, 2, 3))
+        loss = error.mean() if point.weight is None else (error * point.weight).mean()
+        return {"loss": loss, "error": error.mean()}
+
+
+class BaseDiTTask:
+    """Trains :class:`BaseDiTPhase`; leaves the model and the text encoder."""
+
+    def __init__(self, recipe: BaseDiTRecipe, images: script.Images) -> None:
+        self.recipe = recipe
+        self.autoencoder = base_autoencoder.load(recipe.autoencoder).requires_grad_(False)
+        self.shift, self.scale = BASE_NORMALISATION[self.autoencoder.config.latent_channels]
+        captions = [caption for source in sources.index(recipe.data.images) for caption in source.captions]
+        if not any(captions):
+            raise DAVAEError("none of the images has a caption; put a .txt beside each image")
+        torch.manual_seed(recipe.run.seed)
+        config = TextEncoderConfig(vocabulary(captions), recipe.text_length, recipe.model.context, recipe.model.pooled)
+        encoder = TextEncoder(config)
+        nn.init.normal_(encoder.token_embedding.weight, std=0.5)
+        nn.init.normal_(encoder.position_embedding, std=0.1)
+        self.condition = Condition(encoder)
+        self.model = fresh(recipe.model)
+        if recipe.run.compile:
+            self.model.compile()
+        latents = LatentCache(self.encode, recipe.keep_latents)
+        self.phases: dict[str, Phase] = {
+            "dit": BaseDiTPhase(self.model, self.condition, latents, recipe.flow, recipe.run.seed)
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Move the model, the text encoder and the autoencoder."""
+        self.phases["dit"].to(device)
+        self.autoencoder.to(device)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to latents in the model's units."""
+        return (self.autoencoder.encode(x).float() - self.shift) * self.scale
+
+    def sheet(self, batch: Batch) -> torch.Tensor:
+        """Images above samples with their captions."""
+        x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
+        z = sample(self.model, self.condition, captions, self.encode(x).shape, self.recipe.flow.shift, self.recipe.cfg)
+        return tile([x, self.autoencoder.decode(z / self.scale + self.shift).float()])
+
+    def export(self, folder: Path) -> list[Path]:
+        """The diffusion model and the text encoder, fp32."""
+        files.save(folder / tiny.MODEL, self.model.state_dict(), {"modelspec.title": "Base diffusion model"})
+        checkpoints.save_text_encoder(folder / tiny.TEXT_ENCODER, self.condition.encoder)
+        return [folder / tiny.MODEL, folder / tiny.TEXT_ENCODER]
+
+
+def fresh(config: MMDiTConfig) -> MMDiT:
+    """A new model: every block starts as the identity, the prediction at zero (as in DiT, arXiv 2212.09748)."""
+    model = MMDiT(config)
+    model.get_buffer("pos_embed").copy_(sincos_grid(config.grid, config.hidden))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))
+    for embedder in (model.t_embedder, model.y_embedder):
+        for layer in (embedder.mlp[0], embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+    for name, module in model.named_modules():
+        if name.endswith("adaLN_modulation"):
+            nn.init.zeros_(module[1].weight)
+    nn.init.zeros_(model.final_layer.linear.weight)
+    return model
+
+
+def sample(
+    model: nn.Module,
+    condition: Condition,
+    captions: list[str],
+    shape: torch.Size,
+    shift: float,
+    cfg: float,
+    steps: int = SHEET_STEPS,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Latents ``shape [B, c, h, w]`` in the model's units for the captions; the same noise for the same seed."""
+    device = next(model.parameters()).device
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    context, pooled = condition(captions + [""] * len(captions))
+
+    def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        positive, negative = model(x.repeat(2, 1, 1, 1), t.repeat(2), context, pooled).float().chunk(2)
+        return negative + cfg * (positive - negative)
+
+    return flow.sample_euler(guided, noise, flow.sigmas(steps, shift))
+
+
+def main(args: list[str] | None = None) -> int:
+    """Train from the command line."""
+    from .tiny.recipes import BASE_DIT
+
+    recipe = from_command_line(BASE_DIT, __doc__, args)
+    multiple = 8 * recipe.model.patch
+    return script.launch(recipe, multiple, lambda images: BaseDiTTask(recipe, images))
+
+
+if __name__ == "__main__":
+    script.main(main)

@@ -1,0 +1,92 @@
+"""The recipes of the tiny family: two sizes of one recipe, four stages each.
+
+``micro`` makes 128 px images from 16 tokens, ``tiny`` 256 px images from 64. The base models work at half these sizes.
+"""
+
+from pathlib import Path
+
+from ... import tiny
+from ...adapter import PAPER_TARGETS, Recommended
+from ...autoencoder import AutoencoderConfig
+from ...mmdit import MMDiTConfig
+from .. import adapter, autoencoder, base_autoencoder, base_dit
+from ..config import OptimiserConfig, RunConfig
+from ..data import DataConfig
+from ..losses import ReconstructionConfig
+
+ROOT = Path("output/tiny")
+SIZES = {"micro": 128, "tiny": 256}
+
+BASE = AutoencoderConfig(widths=(32, 32, 64, 128), blocks=1)
+MODEL = MMDiTConfig(hidden=256, depth=4, grid=32, context=256, pooled=256, dual_attention=(0, 1))
+SHIFT = 2.0
+
+
+def folder(size: str, stage: str) -> Path:
+    """Where a stage of a size leaves its files."""
+    return ROOT / size / stage
+
+
+def _images(size: str, *parts: str) -> tuple[str, ...]:
+    return tuple(str(folder(size, "data") / part) for part in parts)
+
+
+def base_autoencoder_recipe(size: str) -> base_autoencoder.BaseAutoencoderRecipe:
+    """The base VAE, on all images but the held-out ones."""
+    return base_autoencoder.BaseAutoencoderRecipe(
+        data=DataConfig(_images(size, "train", "other"), size=SIZES[size] // 2, workers=0, cache=True),
+        run=RunConfig(folder(size, "base_autoencoder"), steps=1600, batch=16),
+        optimiser=OptimiserConfig(lr=1e-3, schedule="cosine", ema=0.995),
+        losses=ReconstructionConfig(l1=1.0, perceptual=0.0, kl=5e-7),
+        model=BASE,
+    )
+
+
+def base_dit_recipe(size: str) -> base_dit.BaseDiTRecipe:
+    """The base model and its text encoder, on the captioned images."""
+    return base_dit.BaseDiTRecipe(
+        data=DataConfig(_images(size, "train"), size=SIZES[size] // 2, workers=0, cache=True),
+        run=RunConfig(folder(size, "base_dit"), steps=5000, batch=64),
+        autoencoder=folder(size, "base_autoencoder") / base_autoencoder.FILE,
+        optimiser=OptimiserConfig(lr=6e-4, schedule="cosine", ema=0.999, weight_decay=0.01),
+        flow=base_dit.FlowConfig(shift=SHIFT),
+        model=MODEL,
+        keep_latents=True,
+    )
+
+
+def autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
+    """The DA-VAE, on all images but the held-out ones."""
+    return autoencoder.AutoencoderRecipe(
+        data=DataConfig(_images(size, "train", "other"), size=SIZES[size], workers=0, cache=True),
+        run=RunConfig(folder(size, "autoencoder"), steps=1200, batch=8),
+        base=folder(size, "base_autoencoder") / base_autoencoder.FILE,
+        optimiser=OptimiserConfig(lr=5e-4, schedule="cosine", ema=0.995, weight_decay=1e-4),
+        losses=ReconstructionConfig(l1=2.0, perceptual=0.5, network="st-lpips-alex", kl=1e-7),
+    )
+
+
+def adapter_recipe(size: str) -> adapter.AdapterRecipe:
+    """The adapter, on the captioned images."""
+    return adapter.AdapterRecipe(
+        data=DataConfig(_images(size, "train"), size=SIZES[size], workers=0, cache=True),
+        run=RunConfig(folder(size, "adapter"), steps=2500, batch=64),
+        model=folder(size, "base_dit") / tiny.MODEL,
+        text_encoder=folder(size, "base_dit") / tiny.TEXT_ENCODER,
+        autoencoder=folder(size, "autoencoder") / tiny.AUTOENCODER,
+        optimiser=OptimiserConfig(lr=6e-4, schedule="cosine", ema=0.999),
+        flow=base_dit.FlowConfig(shift=SHIFT),
+        rank=64,
+        targets=PAPER_TARGETS,
+        detail_warmup=500,
+        keep_latents=True,
+        recommended=Recommended(shift=SHIFT, cfg=2.5, steps=30),
+    )
+
+
+_ABOUT = {"micro": "64 px base, 128 px images, 16 tokens", "tiny": "128 px base, 256 px images, 64 tokens"}
+
+BASE_AUTOENCODER = {size: (about, base_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
+BASE_DIT = {size: (about, base_dit_recipe(size)) for size, about in _ABOUT.items()}
+AUTOENCODER = {size: (about, autoencoder_recipe(size)) for size, about in _ABOUT.items()}
+ADAPTER = {size: (about, adapter_recipe(size)) for size, about in _ABOUT.items()}

@@ -1,0 +1,113 @@
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from davae_core.errors import DAVAEError
+from davae_core.training.batches import BatchPlan, sample_seed
+
+
+def plans(count: int) -> list[BatchPlan]:
+    """Plans over random collections, from one image to some hundred, from one bucket to seven."""
+    dice = random.Random(0)
+    made = []
+    for seed in range(count):
+        buckets = dice.randint(1, 7)
+        bucket_of = [dice.randrange(buckets) for _ in range(dice.choice([1, 2, 10, 63, 64, 65, 300]))]
+        made.append(BatchPlan(bucket_of, dice.choice([1, 2, 7, 64]), seed))
+    return made
+
+
+def bucket_of(plan: BatchPlan, index: int) -> int:
+    return next(bucket for bucket, indices in plan.members.items() if index in indices)
+
+
+def epoch(plan: BatchPlan, number: int) -> list[list[int]]:
+    first = number * plan.steps_per_epoch
+    return [[draw.index for draw in plan.batch(first + i)] for i in range(plan.steps_per_epoch)]
+
+
+@pytest.mark.parametrize("plan", plans(20))
+def test_every_image_is_seen_in_every_epoch_and_as_evenly_as_whole_batches_allow(plan: BatchPlan) -> None:
+    for number in (0, 3):
+        seen = Counter(index for batch in epoch(plan, number) for index in batch)
+        for indices in plan.members.values():
+            counts = [seen.pop(int(index)) for index in indices]
+            assert min(counts) >= 1
+            assert max(counts) - min(counts) <= 1
+        assert not seen
+
+
+@pytest.mark.parametrize("plan", plans(20))
+def test_a_batch_is_full_and_from_one_bucket(plan: BatchPlan) -> None:
+    for batch in epoch(plan, 1):
+        assert len(batch) == plan.batch_size
+        assert len({bucket_of(plan, index) for index in batch}) == 1
+
+
+@pytest.mark.parametrize("plan", plans(6))
+def test_a_step_is_the_same_in_whatever_order_it_is_asked_for(plan: BatchPlan) -> None:
+    steps = list(range(3 * plan.steps_per_epoch + 1))
+    forward = {step: plan.batch(step) for step in steps}
+    random.Random(1).shuffle(steps)
+    assert {step: plan.batch(step) for step in steps} == forward
+
+
+def test_draws_say_where_they_belong() -> None:
+    plan = BatchPlan([0] * 10, 4, seed=5)
+    draws = plan.batch(7)
+    assert [draw.position for draw in draws] == [0, 1, 2, 3]
+    assert {(draw.step, draw.epoch) for draw in draws} == {(7, 2)}
+
+
+def test_no_two_draws_have_the_same_seed() -> None:
+    plans = [BatchPlan([0] * 8, 8, seed) for seed in (0, 1)]
+    seeds = [draw.seed for plan in plans for step in range(500) for draw in plan.batch(step)]
+    assert len(set(seeds)) == len(seeds) == 8000
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    first, other = (BatchPlan([0] * 64, 8, seed) for seed in (0, 1))
+    assert epoch(first, 0) != epoch(first, 1)
+    assert epoch(first, 0) != epoch(other, 0)
+
+
+def test_buckets_are_mixed_within_an_epoch() -> None:
+    plan = BatchPlan([i // 64 for i in range(256)], 4, seed=0)
+    order = [bucket_of(plan, batch[0]) for batch in epoch(plan, 0)]
+    changes = sum(a != b for a, b in zip(order, order[1:]))
+    assert Counter(order) == dict.fromkeys(range(4), 16)
+    assert changes > 30
+
+
+def test_the_plan_does_not_touch_the_global_random_state() -> None:
+    before = torch.get_rng_state()
+    BatchPlan([0] * 10, 4, seed=5).batch(3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("images", "batch"), [(0, 4), (4, 0)])
+def test_an_empty_plan_is_refused(images: int, batch: int) -> None:
+    with pytest.raises(DAVAEError, match="at least one image"):
+        BatchPlan([0] * images, batch, seed=0)
+
+
+def test_seeds_are_what_they_were() -> None:
+    # Written down, because a change would make every interrupted training go on with other images.
+    assert sample_seed(0) == 8147117144073973227
+    assert sample_seed(1, 2, 3) == 3219286044544590459
+    assert [draw.index for draw in BatchPlan([0] * 6, 6, seed=0).batch(0)] == [0, 3, 5, 1, 4, 2]
+
+
+def test_seeds_depend_on_every_number_and_on_their_order() -> None:
+    seeds = {sample_seed(*numbers) for numbers in [(0,), (0, 0), (0, 0, 0), (0, 1), (1, 0), (1,), (0, -1), (0, 2**63)]}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_bits_of_seeds_are_fair() -> None:
+    seeds = [sample_seed(0, step, position) for step in range(64) for position in range(64)]
+    for bit in range(63):
+        share = sum(seed >> bit & 1 for seed in seeds) / len(seeds)
+        assert abs(share - 0.5) < 0.04, f"bit {bit}"
