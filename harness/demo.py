@@ -1,112 +1,205 @@
-"""The demo: prompt to picture, the same with the unadapted model, and a picture there and back, in a real ComfyUI.
+"""The demo: the pack's workflow files, run in a real ComfyUI with prompts of your own. Run by ``dev.py demo``.
 
-Run by ``dev.py demo``. Uses the tiny models that ship with the pack; where there are none, untrained ones.
+Uses the tiny models that ship with the pack; where there are none, untrained ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from davae_core import tiny
+import numpy as np
+from PIL import Image
 
-from .graph import Graph, Node
+from davae_core import checkpoints, tiny
+from davae_core.text_encoder import words
+
+from . import stopwatch, workflow
 from .headless import HeadlessComfy
 from .locate import REPOSITORY, find_comfyui
 from .scratch import make_base
-from .untrained import Family
+from .sheet import contact_sheet
+from .untrained import provide_tiny
+
+FOLDER = REPOSITORY / "workflows"
+WORKFLOWS = ("tiny_native", "tiny_davae", "tiny_roundtrip")
+STYLES = ("3d", "flat", "noto", "twitter")
+WEIGHT = re.compile(r":\s*[\d.]+\s*\)")  # of "(peach:1.5)"
 
 UNTRAINED = """
-THE MODELS OF THIS DEMO ARE UNTRAINED: random weights in the true layouts, made a moment ago.
-The pictures are noise. They show that every node runs, not that the method works.
+THE MODELS OF THIS DEMO ARE UNTRAINED: random weights in the true layouts, made a moment ago, because the trained ones
+are not in this copy of the pack. The pictures are noise. They show that every node runs, not that the method works.
 """
 
 
-def tiny_models_are_there() -> bool:
-    """Whether the pack holds all files of the trained tiny family."""
-    places = {"diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER}
-    places |= {"vae": tiny.AUTOENCODER, "loras": tiny.ADAPTER}
-    return all((tiny.FOLDERS[kind] / name).is_file() for kind, name in places.items())
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a workflow saved.
+
+    Attributes:
+        prompt: the index of the prompt it was drawn from.
+        name: the prefix its Save Image node gives to files.
+        label: the title of its Save Image node.
+        file: where it is.
+    """
+
+    prompt: int
+    name: str
+    label: str
+    file: Path
 
 
-def encode_prompts(g: Graph, clip: list, prompt: str) -> dict[str, Node]:
-    """Positive and negative conditioning."""
-    return {
-        key: g.node("CLIPTextEncode", clip=clip, text=text) for key, text in (("positive", prompt), ("negative", ""))
-    }
+def split_prompts(texts: Sequence[str]) -> list[str]:
+    """The prompts in what was given with ``--prompt``, where commas separate them; each once."""
+    parts = [part.strip() for text in texts for part in text.split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
 
 
-def with_davae(g: Graph, prompt: str, side: int) -> Node:
-    """Prompt to picture with the adapted model."""
-    model = g.node("DAVAE_TinySD35")
-    davae = g.node("DAVAE_Loader", davae_name=tiny.AUTOENCODER, dtype="auto")
-    adapted = g.node("DAVAE_Adapter", model=model, adapter_name=tiny.ADAPTER, strength=1.0)
-    latent = g.node(
-        "DAVAE_Sampler", model=adapted, adapter_name="(already adapted)", **encode_prompts(g, model[1], prompt), seed=1,
-        steps=0, cfg=0.0, sampler_name="euler", scheduler="simple", shift=0.0, denoise=1.0, width=side, height=side,
-    )  # fmt: skip
-    return g.node("DAVAE_DetailDecode", samples=latent, davae=davae[2], detail_strength=1.0)
+def unknown_words(prompt: str, vocabulary: Sequence[str]) -> list[str]:
+    """The words of a prompt that are not in the vocabulary."""
+    return [word for word in dict.fromkeys(words(WEIGHT.sub(")", prompt))) if word not in vocabulary]
 
 
-def native(g: Graph, prompt: str, side: int) -> Node:
-    """Prompt to picture with the unadapted model, at half the size and so with the same number of tokens."""
-    model = g.node("DAVAE_TinySD35")
-    davae = g.node("DAVAE_Loader", davae_name=tiny.AUTOENCODER, dtype="auto")
-    latent = g.node(
-        "KSampler", model=model, **encode_prompts(g, model[1], prompt), seed=1, steps=30, cfg=2.5, sampler_name="euler",
-        scheduler="simple", denoise=1.0,
-        latent_image=g.node("EmptySD3LatentImage", width=side // 2, height=side // 2, batch_size=1),
-    )  # fmt: skip
-    return g.node("VAEDecode", samples=latent, vae=davae[1])
+def known_words(vocabulary: Sequence[str], count: int = 24) -> str:
+    """Styles and some other words of a vocabulary, for a person to choose from."""
+    styles = [word for word in STYLES if word in vocabulary]
+    names = [word for word in vocabulary if word not in STYLES and len(word) > 3]
+    some = names[:: max(1, -(-len(names) // count))]
+    return f"styles: {', '.join(styles)}; names: {', '.join(some)}" + (", ..." if len(some) < len(names) else "")
 
 
-def round_trip(g: Graph, image: str) -> Node:
-    """Picture to latent and back."""
-    davae = g.node("DAVAE_Loader", davae_name=tiny.AUTOENCODER, dtype="auto")
-    latent = g.node("DAVAE_DetailEncode", image=g.node("LoadImage", image=image), davae=davae[2], size_rule="pad")
-    return g.node("DAVAE_DetailDecode", samples=latent, davae=davae[2], detail_strength=1.0)
+def remarks(prompts: Sequence[str], vocabulary: Sequence[str]) -> list[str]:
+    """What a person should know about prompts that the tiny model cannot draw as they stand."""
+    lines = []
+    for prompt in prompts:
+        unknown = unknown_words(prompt, vocabulary)
+        if unknown:
+            lines.append(f'"{prompt}": the tiny model does not know {", ".join(unknown)}')
+        elif not set(words(prompt)) & set(STYLES):
+            lines.append(f'"{prompt}" names no style; the tiny model was trained on "style name", as in "3d peach"')
+    return [*lines, f"it knows {len(vocabulary)} words; {known_words(vocabulary)}"] if lines else []
 
 
-def save(comfy: HeadlessComfy, name: str, out: Path, build) -> Path:
-    """Run one graph and put its picture at ``out/name.png``."""
-    g = Graph()
-    g.node("SaveImage", images=build(g), filename_prefix=name)
-    start = time.perf_counter()
-    made = comfy.run(g.prompt).images[0]
-    target = out / f"{name}.png"
-    shutil.copyfile(made, target)
-    print(f"{name:12s} {time.perf_counter() - start:6.1f} s   {target}", flush=True)
-    return target
+def psnr(a: Path, b: Path) -> float:
+    """Peak signal-to-noise ratio in dB between two pictures of one size; infinite where they are equal."""
+    x, y = (np.asarray(Image.open(path).convert("RGB"), dtype=np.float64) for path in (a, b))
+    error = float(((x - y) ** 2).mean())
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+class Demo:
+    """Runs workflows and keeps what they save."""
+
+    def __init__(self, comfy: HeadlessComfy, out: Path) -> None:
+        self.comfy = comfy
+        self.out = out
+        self.pictures: list[Picture] = []
+
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words that the tiny model's text encoder knows."""
+        import folder_paths
+
+        path = folder_paths.get_full_path("text_encoders", tiny.TEXT_ENCODER)
+        return checkpoints.load_text_encoder(path).config.vocabulary
+
+    def run(self, name: str, prompts: Sequence[str], seed: int | None) -> None:
+        """One workflow with every prompt: models are loaded for the first one alone."""
+        import server
+
+        loaded = workflow.load(FOLDER / f"{name}.json", self.comfy.nodes)
+        for index, text in enumerate(prompts):
+            prompt = workflow.with_values(loaded, "Prompt", text=text)
+            sampler = next(key for key, node in prompt.items() if "seed" in node["inputs"])
+            if seed is not None:
+                prompt[sampler]["inputs"]["seed"] = seed
+            with stopwatch.recorded(server.PromptServer.instance) as events:
+                start = time.perf_counter()
+                outputs = self.comfy.run(prompt).outputs
+                end = time.perf_counter()
+            print(f'\n{name}.json, "{text}": {end - start:.2f} s', flush=True)
+            self._print_times(prompt, events, end, sampler)
+            self._keep(index, text, prompt, outputs)
+
+    def _print_times(self, prompt: workflow.Prompt, events: list[stopwatch.Event], end: float, sampler: str) -> None:
+        kinds = stopwatch.by_kind(stopwatch.node_seconds(events, end), prompt)
+        count, each = stopwatch.steps(events, sampler)
+        for kind, seconds in kinds.items():
+            detail = f"  ({count} steps, {1000 * each:.0f} ms each)" if kind == "sampling" and each else ""
+            print(f"  {kind:9s} {seconds:7.2f} s{detail}", flush=True)
+
+    def _keep(self, index: int, text: str, prompt: workflow.Prompt, outputs: dict[str, dict]) -> None:
+        import folder_paths
+
+        for key, node in prompt.items():
+            if node["class_type"] != "SaveImage":
+                continue
+            (saved,) = outputs[key]["images"]
+            prefix = node["inputs"]["filename_prefix"]
+            file = self.out / f"{index + 1}_{'_'.join(words(text)) or 'prompt'}_{prefix}.png"
+            shutil.copyfile(Path(folder_paths.get_output_directory(), saved["subfolder"], saved["filename"]), file)
+            print(f"  {file}", flush=True)
+            self.pictures.append(Picture(index, prefix, node["_meta"]["title"], file))
+
+    def sheet(self, prompts: Sequence[str], footer: str) -> Path:
+        """All pictures on one sheet, a row for each prompt."""
+        rows = [
+            (f'"{text}"', [(p.label, Image.open(p.file)) for p in self.pictures if p.prompt == index])
+            for index, text in enumerate(prompts)
+        ]
+        path = self.out / "sheet.png"
+        contact_sheet(rows, footer).save(path)
+        return path
+
+    def print_round_trips(self, prompts: Sequence[str]) -> None:
+        """How well each drawn picture survived encoding and decoding."""
+        for index, text in enumerate(prompts):
+            files = {p.name: p.file for p in self.pictures if p.prompt == index}
+            similarity = psnr(files["tiny_davae"], files["tiny_roundtrip"])
+            print(f'"{text}", encoded and decoded again: {similarity:.1f} dB PSNR to the drawn picture')
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", default="3d peach", help="what to draw (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT",
+        help='what to draw: a style and a name (default: "3d peach"); several with commas, or given several times',
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, help="of the noise (default: the one in the workflow files)")
     parser.add_argument(
         "--out", type=Path, default=Path("output/demo"), help="where the pictures go (default: %(default)s)"
     )
     options = parser.parse_args(argv)
+    prompts = split_prompts(options.prompt or ["3d peach"])
+    if not prompts:
+        parser.error("--prompt holds no words")
+    if options.seed is not None and not 0 <= options.seed < 2**64:
+        parser.error("--seed must be a whole number from 0 to 2^64 - 1")
     options.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger().setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="davae-demo-") as folder:
         base = make_base(Path(folder), REPOSITORY)
-        side = 256
-        if not tiny_models_are_there():
-            family = Family()
-            family.write(base / "models")
+        trained = provide_tiny(base / "models")
+        if not trained:
             print(UNTRAINED, flush=True)
-        comfy = HeadlessComfy(base, find_comfyui())
-        print(f"ComfyUI {comfy.comfyui.version}, prompt: {options.prompt}", flush=True)
-        picture = save(comfy, "davae", options.out, lambda g: with_davae(g, options.prompt, side))
-        save(comfy, "native", options.out, lambda g: native(g, options.prompt, side))
-        shutil.copyfile(picture, base / "input" / "davae.png")
-        save(comfy, "round_trip", options.out, lambda g: round_trip(g, "davae.png"))
+        start = time.perf_counter()
+        demo = Demo(HeadlessComfy(base, find_comfyui()), options.out)
+        print(f"ComfyUI {demo.comfy.comfyui.version} started in {time.perf_counter() - start:.1f} s", flush=True)
+        for line in remarks(prompts, demo.vocabulary()):
+            print(line, flush=True)
+        for name in WORKFLOWS:
+            demo.run(name, prompts, options.seed)
+        print()
+        demo.print_round_trips(prompts)
+        print(f"all on one sheet: {demo.sheet(prompts, '' if trained else 'Untrained models: noise.')}", flush=True)
     return 0
 
 

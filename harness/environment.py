@@ -28,6 +28,10 @@ INCOMPLETE = "incomplete"
 
 TEST_PACKAGES = ["pytest", "playwright", "ruff", "mypy"]
 
+# What training needs besides torch; and the perceptual distance, whose own requirements only its demonstrations need.
+TRAINING_PACKAGES = ["accelerate", "tyro", "tensorboard", "tqdm", "pillow", "resvg_py", "webdataset"]
+PERCEPTUAL_PACKAGE = "stlpips_pytorch==0.0.2"
+
 # Imported by ComfyUI 0.3.x but not in its requirements: other packages used to bring it.
 UNDECLARED = ["requests"]
 
@@ -85,7 +89,8 @@ def wanted_environment() -> tuple[Path, str]:
     else:  # known before anything is fetched
         name, asked = ".venv", VERSION_IN_WHEEL + WHEEL_SHA256 + CONSTRAINTS.read_text(encoding="utf-8")
     ours = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("torch*.py"))]
-    specification = "\n".join([asked, *TEST_PACKAGES, *UNDECLARED, *sorted(NOT_FROM_REQUIREMENTS), *ours])
+    packages = [*TEST_PACKAGES, *TRAINING_PACKAGES, PERCEPTUAL_PACKAGE, *UNDECLARED]
+    specification = "\n".join([asked, *packages, *sorted(NOT_FROM_REQUIREMENTS), *ours])
     return REPOSITORY / name, hashlib.sha256(specification.encode()).hexdigest()
 
 
@@ -156,8 +161,9 @@ def _install(comfyui: ComfyUI, python: Path, say: Say) -> None:
     ordinary, bare = requirements(comfyui.root)
     say(f"installing what ComfyUI {comfyui.version} and the tests need")
     pinned = ["--constraint", str(CONSTRAINTS)] if comfyui.source == "registry" else []
-    pip(python, *ordinary, *UNDECLARED, *TEST_PACKAGES, *pinned)
+    pip(python, *ordinary, *UNDECLARED, *TEST_PACKAGES, *TRAINING_PACKAGES, *pinned)
     pip(python, "--no-deps", *TORCH_COMPANIONS, *source)
+    pip(python, "--no-deps", PERCEPTUAL_PACKAGE)
     if bare:
         pip(python, "--no-deps", *bare)
     fit_compiled_parts(python, say)

@@ -1,10 +1,13 @@
 """A family of untrained models (random weights in the true layouts), small enough for tests and for the demo.
 
-Random weights prove the wiring, nothing more: what such models draw is noise.
+Random weights prove the wiring, nothing more: what such models draw is noise. Tests of the wiring use a `Family` under
+names of its own. What needs the tiny models of the pack (the Tiny SD3.5 node, the workflows, the demo) calls
+`provide_tiny`, which puts an untrained family in their place where the pack holds no trained one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,10 +22,14 @@ from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig, sincos_grid
 from davae_core.text_encoder import TextEncoder, TextEncoderConfig
 
+# Where ComfyUI looks for each file of the tiny family.
+TINY_FILES = {"diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER}
+TINY_FILES |= {"vae": tiny.AUTOENCODER, "loras": tiny.ADAPTER}
+
 
 @dataclass(frozen=True)
 class Family:
-    """A base model, a DA-VAE, adapters and a merged model that belong together; file names as the tiny family's.
+    """A base model, a DA-VAE, adapters and a merged model that belong together.
 
     Attributes:
         seed: of all weights.
@@ -36,12 +43,12 @@ class Family:
     recommended: Recommended = Recommended(size=256, shift=2.0, cfg=2.0, steps=3)
     words: tuple[str, ...] = ("3d", "flat", "peach", "rocket")
 
-    model_file: str = field(default=tiny.MODEL, init=False)
-    text_file: str = field(default=tiny.TEXT_ENCODER, init=False)
-    davae_file: str = field(default=tiny.AUTOENCODER, init=False)
-    adapter_file: str = field(default=tiny.ADAPTER, init=False)
-    zero_adapter_file: str = field(default="davae_zero_adapter.safetensors", init=False)
-    merged_file: str = field(default="davae_merged.safetensors", init=False)
+    model_file: str = field(default="davae_toy_sd35.safetensors", init=False)
+    text_file: str = field(default="davae_toy_text_encoder.safetensors", init=False)
+    davae_file: str = field(default="davae_toy_autoencoder.safetensors", init=False)
+    adapter_file: str = field(default="davae_toy_adapter.safetensors", init=False)
+    zero_adapter_file: str = field(default="davae_toy_zero_adapter.safetensors", init=False)
+    merged_file: str = field(default="davae_toy_merged.safetensors", init=False)
 
     @property
     def latent(self) -> LatentSpec:
@@ -87,14 +94,18 @@ class Family:
         state = merge(self.diffusion_model().state_dict(), self.adapter())
         return checkpoints.MergedModel(state, self.latent, self.recommended)
 
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder that belongs to the model."""
+        torch.manual_seed(self.seed + 3)
+        return TextEncoder(TextEncoderConfig(self.words, context=self.model.context, pooled=self.model.pooled)).eval()
+
     def write(self, models: Path) -> None:
         """Put all files into the folders of a ComfyUI ``models`` directory, where they are not there yet."""
-        text = TextEncoder(TextEncoderConfig(self.words, context=self.model.context, pooled=self.model.pooled))
-        files = {
-            models / "diffusion_models" / self.model_file: lambda path: save_file(
-                self.diffusion_model().state_dict(), path
+        files: dict[Path, Callable[[Path], None]] = {
+            models / "diffusion_models" / self.model_file: self._write_model,
+            models / "text_encoders" / self.text_file: lambda path: checkpoints.save_text_encoder(
+                path, self.text_encoder()
             ),
-            models / "text_encoders" / self.text_file: lambda path: checkpoints.save_text_encoder(path, text),
             models / "vae" / self.davae_file: lambda path: checkpoints.save_autoencoder(path, self.davae()),
             models / "loras" / self.adapter_file: lambda path: checkpoints.save_adapter(path, self.adapter()),
             models / "loras" / self.zero_adapter_file: lambda path: checkpoints.save_adapter(
@@ -103,6 +114,45 @@ class Family:
             models / "diffusion_models" / self.merged_file: lambda path: checkpoints.save_merged(path, self.merged()),
         }
         for path, make in files.items():
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                make(path)
+            _write_once(path, make)
+        provide_tiny(models)
+
+    def _write_model(self, path: Path) -> None:
+        save_file(self.diffusion_model().state_dict(), path)
+
+
+def tiny_ships() -> bool:
+    """Whether the pack holds all four files of the trained tiny family."""
+    return all((tiny.FOLDERS[kind] / name).is_file() for kind, name in TINY_FILES.items())
+
+
+def provide_tiny(models: Path) -> bool:
+    """Put an untrained family under the names of the tiny one into a ``models`` directory, unless the pack ships it.
+
+    The files hold fp16 weights, as the shipped ones do. ComfyUI finds files in ``models`` before those in the pack.
+
+    Returns:
+        Whether the pack's trained models are the ones that will be found.
+    """
+    if tiny_ships():
+        return True
+    family = Family()
+    makers: dict[str, Callable[[Path], None]] = {
+        "diffusion_models": lambda path: save_file(family.diffusion_model().half().state_dict(), path),
+        "text_encoders": lambda path: checkpoints.save_text_encoder(path, family.text_encoder().half()),
+        "vae": lambda path: checkpoints.save_autoencoder(path, family.davae().half()),
+        "loras": lambda path: checkpoints.save_adapter(path, _half(family.adapter())),
+    }
+    for kind, name in TINY_FILES.items():
+        _write_once(models / kind / name, makers[kind])
+    return False
+
+
+def _half(adapter: Adapter) -> Adapter:
+    return Adapter(adapter.config, {name: tensor.half() for name, tensor in adapter.state.items()})
+
+
+def _write_once(path: Path, make: Callable[[Path], None]) -> None:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path)

@@ -147,7 +147,7 @@ class DAVAEModelLoader(io.ComfyNode):
 
 
 class TinySD35(io.ComfyNode):
-    """The tiny SD3.5."""
+    """The tiny SD3.5 that comes with the pack."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -155,12 +155,13 @@ class TinySD35(io.ComfyNode):
             node_id="DAVAE_TinySD35",
             display_name="Tiny SD3.5",
             category=CATEGORY,
-            description="A minute model in the layout of SD3.5, with a text encoder of its own, to try the nodes "
-            "with. This version of the pack ships without its trained weights.",
+            description="A very small model in the layout of SD3.5 that comes with this pack, to try the nodes with: "
+            "it draws small pictures of things it knows by name, in four styles. Prompts are a style and a name, for "
+            "example '3d peach' (styles: 3d, flat, noto, twitter).",
             search_aliases=["DAVAE", "tiny", "demo"],
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The unadapted tiny model."),
+                io.Model.Output(display_name="MODEL", tooltip="The tiny model, not adapted to DA-VAE."),
                 io.Clip.Output(display_name="CLIP", tooltip="Its text encoder, for CLIP Text Encode."),
             ],
         )

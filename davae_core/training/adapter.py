@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from .. import checkpoints, flow, tiny
 from ..adapter import EMBED, HEAD, PAPER_TARGETS, PREFIX, WIDENED, Adapter, Recommended, widen, zero_adapter
 from ..checkpoints import files
-from ..errors import DAVAEError
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
 from . import lora, script

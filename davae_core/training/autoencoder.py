@@ -23,7 +23,7 @@ from .config import OptimiserConfig, RunConfig, from_command_line
 from .critic import CriticConfig, CriticPhase, PatchCritic
 from .data import DataConfig
 from .draws import Draws
-from .losses import Reconstruction, ReconstructionConfig, sampled
+from .losses import Reconstruction, ReconstructionConfig, sampled, start_certain
 from .report import tile
 from .task import Batch, Losses, Phase
 
@@ -70,6 +70,7 @@ class AutoencoderPhase(Phase):
         super().__init__()
         self.model, self.recipe = model, recipe
         self.losses = Reconstruction(recipe.losses)
+        self.reconstructions: dict[int, torch.Tensor] = {}  # for the critic, by micro-batch
         self._critic = (critic,)  # in a tuple: not a submodule, it is trained by its own phase
 
     def forward(self, batch: Batch, step: int) -> Losses:
@@ -84,9 +85,9 @@ class AutoencoderPhase(Phase):
         kept = (draws.uniform("detail") >= recipe.detail_dropout).to(z_detail).view(-1, 1, 1, 1)
         y = model.decode(torch.cat([z_base, z_detail * kept], dim=1))
         losses = self.losses(x, y, moments)
-        batch["reconstruction"] = y.detach()
         critic = self._critic[0]
         if critic is not None and step >= recipe.critic.start:
+            self.reconstructions[batch["micro"]] = y.detach()
             losses["adversarial"] = -critic(y).float().mean()
             losses["loss"] = losses["loss"] + recipe.critic.weight * losses["adversarial"]
         return self._aligned(losses, moments, z_base)
@@ -105,7 +106,7 @@ class AutoencoderPhase(Phase):
         mean = moments.chunk(2, dim=1)[0].float()
         losses["alignment"] = alignment_loss(mean, (z_base - spec.base_shift) * spec.base_scale)
         if config.weight:
-            weight = config.weight
+            weight = losses["loss"].new_tensor(config.weight)
             if config.adaptive and torch.is_grad_enabled():
                 ratio = gradient_ratio(losses["loss"], losses["alignment"], self.model.detail_down.conv.weight)
                 losses["alignment_weight"] = weight * ratio
@@ -133,13 +134,14 @@ class AutoencoderTask:
         self.recipe, self.images = recipe, images
         base = base_autoencoder.load(recipe.base)
         self.model = on_base(base, recipe.detail_channels, recipe.scale, recipe.train_trunk)
+        start_certain(self.model.detail_down.conv)
         if recipe.run.compile:
             self.model.decoder.compile()
         critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
         self.phase = AutoencoderPhase(self.model, recipe, critic)
         self.phases: dict[str, Phase] = {"autoencoder": self.phase}
         if critic is not None:
-            self.phases["critic"] = CriticPhase(critic, recipe.critic.start)
+            self.phases["critic"] = CriticPhase(critic, recipe.critic.start, self.phase.reconstructions)
 
     def to(self, device: torch.device) -> None:
         """Move the model and the critic."""

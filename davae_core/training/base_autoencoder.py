@@ -17,7 +17,7 @@ from . import script
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
 from .draws import Draws
-from .losses import Reconstruction, ReconstructionConfig, sampled
+from .losses import Reconstruction, ReconstructionConfig, sampled, start_certain
 from .report import tile
 from .task import Batch, Losses, Phase
 
@@ -57,6 +57,7 @@ class BaseAutoencoderTask:
     def __init__(self, recipe: BaseAutoencoderRecipe, images: script.Images) -> None:
         torch.manual_seed(recipe.run.seed)
         self.model = Autoencoder(recipe.model)
+        start_certain(self.model.encoder.conv_out)
         if recipe.run.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()

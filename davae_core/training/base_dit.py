@@ -160,11 +160,12 @@ def fresh(config: MMDiTConfig) -> MMDiT:
             nn.init.zeros_(module.bias)
     nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))
     for embedder in (model.t_embedder, model.y_embedder):
-        for layer in (embedder.mlp[0], embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-    for name, module in model.named_modules():
-        if name.endswith("adaLN_modulation"):
-            nn.init.zeros_(module[1].weight)
+        for name, weight in embedder.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(weight, std=0.02)
+    for name, weight in model.named_parameters():
+        if "adaLN_modulation" in name:
+            nn.init.zeros_(weight)
     nn.init.zeros_(model.final_layer.linear.weight)
     return model
 
@@ -197,7 +198,8 @@ def main(args: list[str] | None = None) -> int:
 
     recipe = from_command_line(BASE_DIT, __doc__, args)
     multiple = 8 * recipe.model.patch
-    return script.launch(recipe, multiple, lambda images: BaseDiTTask(recipe, images))
+    # The last block's text queries are read by nobody: the norm of these queries gets no gradient.
+    return script.launch(recipe, multiple, lambda images: BaseDiTTask(recipe, images), unused=True)
 
 
 if __name__ == "__main__":

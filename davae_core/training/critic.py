@@ -1,5 +1,6 @@
 """The adversary of stage 1: a patch critic with hinge loss, which tells images from reconstructions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +37,23 @@ class PatchCritic(nn.Module):
         self.layers = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores: high for images, low for reconstructions."""
         return self.layers(x)
 
 
 class CriticPhase(Phase):
-    """Trains the critic on the images and the reconstructions (``batch["reconstruction"]``) of the other phase."""
+    """Trains the critic on the images and the other phase's reconstructions.
 
-    def __init__(self, critic: PatchCritic, start: int) -> None:
+    Args:
+        critic: what is trained.
+        start: the step at which it begins.
+        reconstructions: by the number of the micro-batch; the other phase puts them there. They do not travel in the
+            batch, because DistributedDataParallel hands a module a copy of its arguments on a GPU.
+    """
+
+    def __init__(self, critic: PatchCritic, start: int, reconstructions: Mapping[int, torch.Tensor]) -> None:
         super().__init__()
-        self.critic, self.start = critic, start
+        self.critic, self.start, self.reconstructions = critic, start, reconstructions
 
     def starts_at(self) -> int:
         """The step at which the adversarial loss begins."""
@@ -52,7 +61,7 @@ class CriticPhase(Phase):
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
-        x, y = batch["image"], batch["reconstruction"]
+        x, y = batch["image"], self.reconstructions[batch["micro"]]
         scores = self.critic(torch.cat([x, y.to(x.dtype)])).float()
         real, fake = scores.chunk(2)
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2

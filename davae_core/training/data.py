@@ -5,6 +5,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypedDict
 
 import numpy as np
@@ -69,10 +70,10 @@ def shapes(size: int, multiple: int, buckets: bool) -> list[tuple[int, int]]:
     Args:
         size: side of the square, or with buckets the root of the largest area.
         multiple: all sides are multiples of it.
-        buckets: shapes from 1:2 to 2:1, else the square alone.
+        buckets: shapes from 1:2 to 2:1, among them a square; else the square alone.
 
     Raises:
-        DAVAEError: a square of this size is not possible.
+        DAVAEError: the size is no multiple, or with buckets below the smallest.
     """
     if not buckets:
         if size % multiple:
@@ -80,13 +81,14 @@ def shapes(size: int, multiple: int, buckets: bool) -> list[tuple[int, int]]:
             near = f"{below} or {below + multiple}" if below else f"{multiple}"
             raise DAVAEError(f"the size {size} is not a multiple of {multiple}; use {near} (--data.size)")
         return [(size, size)]
-    found = set()
-    for short in range(multiple, size + 1, multiple):
+    side = size // multiple * multiple
+    if not side:
+        raise DAVAEError(f"the size {size} is below {multiple}, the smallest side there is (--data.size)")
+    found = {(side, side)}
+    for short in range(multiple, side + 1, multiple):
         long = size**2 // short // multiple * multiple
         if long <= RATIO * short:
             found |= {(short, long), (long, short)}
-    if not found:
-        raise DAVAEError(f"the size {size} is below {multiple}, the smallest side there is (--data.size)")
     return sorted(found)
 
 
@@ -154,7 +156,7 @@ class ImageData(Dataset[Item]):
     def _candidates(self, first: int) -> Iterator[int]:
         """``first`` and the images after it in its bucket, around the end, as many as may be tried."""
         bucket, count, tries = self.bucket_of[first], len(self.sources), 0
-        for i in (*range(first, count), *range(first)):
+        for i in chain(range(first, count), range(first)):
             if self.bucket_of[i] == bucket:
                 yield i
                 tries += 1
@@ -197,7 +199,8 @@ def loader(
     Returns:
         An iterable of dicts, one per micro-batch: ``image`` ``[b, 3, h, w]`` float32 in [-1, 1]; ``caption`` and
         ``name``, lists of b; ``position`` ``[b]`` int64, places in the global batch; ``step``; ``micro``, from 0, of
-        ``micros`` in the step; ``broken``, names of unreadable images met for the first time.
+        ``micros`` in the step; ``broken``, names of unreadable images met for the first time, which are
+        also logged.
 
     Raises:
         DAVAEError: the batch cannot be divided so; no images; a size that is not possible; and, while iterating, more
@@ -258,6 +261,8 @@ def _batches(data: ImageData, parts: _Parts, start: int, micros: int) -> Iterato
     for count, batch in enumerate(loading):
         batch["broken"] = [name for name in dict.fromkeys(batch["broken"]) if name not in seen]
         seen.update(batch["broken"])
+        for name in batch["broken"]:
+            logger.warning("could not read %s: another image takes its place", name)
         if len(seen) > data.config.max_broken or len(seen) == len(data.sources):
             raise DAVAEError(
                 f"{len(seen)} of {len(data.sources)} images could not be read: {', '.join(sorted(seen))}. Repair or "

@@ -22,6 +22,7 @@ class LatentCache:
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The latents of images ``[B, 3, H, W]``."""
         if not self.keep:
             return self.encode(x)
         keys = [hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest() for image in x]

@@ -164,9 +164,7 @@ def _descend(
     player.optimiser.zero_grad(set_to_none=True)
     sums: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micros):
-        ends = i == len(micros) - 1
-        alone = isinstance(player.wrapped, nn.parallel.DistributedDataParallel) and not ends
-        with player.wrapped.no_sync() if alone else nullcontext():
+        with nullcontext() if i == len(micros) - 1 else accelerator.no_sync(player.wrapped):
             with autocast(run, accelerator.device):
                 losses = player.wrapped(batch, step)
             (losses["loss"] / len(micros)).backward()
@@ -200,7 +198,8 @@ def _restore(run: RunConfig, recipe: dict[str, Any], players: dict[str, Player])
     if not run.resume or not there:
         if there:
             raise DAVAEError(
-                f"{run.out} holds the state of a run; go on with it (--run.resume), or choose another folder (--run.out)"
+                f"{run.out} holds the state of a run: go on with it (--run.resume), or choose another folder "
+                "(--run.out)"
             )
         return 0, 0
     saved = states.load(run.out)

@@ -16,10 +16,13 @@ class ReconstructionConfig:
 
     l1: float = 1.0
     """Mean absolute difference."""
+    l2: float = 0.0
+    """Mean squared difference: helps a model that starts from nothing to find colours."""
     perceptual: float = 1.0
     """Perceptual distance; 0 loads no network."""
     network: Literal["st-lpips-alex", "st-lpips-vgg", "lpips-alex", "lpips-vgg"] = "st-lpips-vgg"
-    """The perceptual distance: ST-LPIPS works offline (pip install --no-deps stlpips_pytorch), LPIPS needs its files."""
+    """The perceptual distance: ST-LPIPS works offline (pip install --no-deps stlpips_pytorch), LPIPS has
+    to find its files."""
     kl: float = 1e-7
     """KL divergence from a standard normal, summed over the latent of an image."""
 
@@ -41,10 +44,26 @@ class Reconstruction(nn.Module):
         config = self.config
         parts = {"l1": (x - y.float()).abs().mean(), "kl": kl_divergence(moments)}
         loss = config.l1 * parts["l1"] + config.kl * parts["kl"]
+        if config.l2:
+            parts["l2"] = (x - y.float()).square().mean()
+            loss = loss + config.l2 * parts["l2"]
         if self.distance is not None:
             parts["perceptual"] = self.distance(x, y).float().mean()
             loss = loss + config.perceptual * parts["perceptual"]
         return {"loss": loss, **parts}
+
+
+START_LOGVAR = -6.0
+
+
+@torch.no_grad()
+def start_certain(convolution: nn.Conv2d) -> None:
+    """Let a new encoder's last layer (means first, then log-variances) start with little noise: a spread of 0.05.
+
+    From a spread of 1 the decoder sees noise alone for hundreds of steps.
+    """
+    assert convolution.bias is not None
+    convolution.bias[convolution.bias.shape[0] // 2 :] += START_LOGVAR
 
 
 def kl_divergence(moments: torch.Tensor) -> torch.Tensor:
@@ -55,6 +74,6 @@ def kl_divergence(moments: torch.Tensor) -> torch.Tensor:
 
 
 def sampled(moments: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """A sample ``[B, C, h, w]`` of the Gaussian with these ``[B, 2C, h, w]`` moments, from standard normal ``noise``."""
+    """A sample ``[B, C, h, w]`` of the Gaussian with these moments ``[B, 2C, h, w]``; ``noise`` is standard normal."""
     mean, logvar = moments.float().chunk(2, dim=1)
     return mean + noise * torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))

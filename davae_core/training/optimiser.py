@@ -54,4 +54,5 @@ def load_state(
         for moment, value in found.items():
             if value is None or (moment != "step" and value.shape != parameter.shape):
                 raise CheckpointError(f"the saved optimiser does not fit the parameter {name}; start a new run")
-            optimiser.state[parameter][moment] = value.clone() if moment == "step" else value.to(parameter)
+            on_device = moment != "step" or optimiser.defaults["fused"]  # a fused optimiser counts on the device
+            optimiser.state[parameter][moment] = value.to(parameter.device if on_device else "cpu", copy=True)

@@ -17,7 +17,7 @@ class Report:
 
     def __init__(self, folder: Path, start: int, steps: int, active: bool) -> None:
         self.folder = folder
-        self.writer = SummaryWriter(str(folder), purge_step=start) if active else None
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1) if active else None
         slow = {} if sys.stderr.isatty() else {"mininterval": 30.0}
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=not active, dynamic_ncols=True, **slow)
 

@@ -1,9 +1,10 @@
 """What every training script does around its task: processes, data, errors for the person at the terminal."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -20,23 +21,30 @@ class Recipe(Protocol):
     """What the recipes of all scripts have."""
 
     @property
-    def data(self) -> data.DataConfig: ...
+    def data(self) -> data.DataConfig:
+        """The images."""
+
     @property
-    def run(self) -> config.RunConfig: ...
+    def run(self) -> config.RunConfig:
+        """Length, batch, output."""
+
     @property
-    def optimiser(self) -> config.OptimiserConfig: ...
+    def optimiser(self) -> config.OptimiserConfig:
+        """AdamW."""
 
 
-def launch(recipe: Recipe, multiple: int, build: Callable[[Images], Task]) -> int:
+def launch(recipe: Recipe, multiple: int, build: Callable[[Images], Task], unused: bool = False) -> int:
     """Train what ``build`` makes; returns the exit code.
 
     Args:
         recipe: all settings.
         multiple: image sides are multiples of it.
         build: makes the task; gets a function that gives images ``[B, 3, H, W]`` to measure statistics on.
+        unused: some trained parameters have no part in the loss.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+    several = DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=unused)
+    accelerator = Accelerator(cpu=_several_on_cpu(), mixed_precision="no", kwargs_handlers=[several])
     run = recipe.run
 
     def batches(start: int) -> Iterable[Batch]:
@@ -60,6 +68,11 @@ def launch(recipe: Recipe, multiple: int, build: Callable[[Images], Task]) -> in
 
 
 SURVEY_BATCH, SURVEY_STEPS = 16, 64
+
+
+def _several_on_cpu() -> bool:
+    """One of several processes, without a GPU: unless told so, Accelerate takes each for a run of its own."""
+    return "LOCAL_RANK" in os.environ and not (torch.cuda.is_available() or torch.xpu.is_available())
 
 
 def main(run: Callable[[], int]) -> None:

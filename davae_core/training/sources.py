@@ -63,7 +63,8 @@ class Source:
             one of UNREADABLE.
         """
         with Image.open(self.bytes() if self.length is not None else self.file) as image:
-            turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            # The method of PNG files would decode the image, to look for EXIF behind it.
+            turned = Image.Image.getexif(image).get(ORIENTATION, 1) in (5, 6, 7, 8)
             return (image.height, image.width) if turned else image.size
 
     def bytes(self) -> io.BytesIO:

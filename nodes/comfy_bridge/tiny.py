@@ -12,12 +12,12 @@ from comfy.supported_models_base import ClipTarget
 from torch import nn
 
 from ...davae_core import checkpoints, tiny
+from ...davae_core.checkpoints import files
 from ...davae_core.errors import CheckpointError, DAVAEError
 from ...davae_core.text_encoder import TextEncoder
 from .folders import file_stamp
 
 _FILES = {"diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER}
-_MISSING = "this version of the pack ships without trained weights"
 
 
 def tiny_stamp() -> str:
@@ -29,21 +29,26 @@ def load_tiny() -> tuple[ModelPatcher, comfy.sd.CLIP]:
     """MODEL and CLIP of the tiny model.
 
     Raises:
-        CheckpointError: the weights are not in this installation.
+        CheckpointError: a file is missing or cannot be read.
     """
     model, text = (_find(kind, name) for kind, name in _FILES.items())
+    files.read_metadata(model)  # ComfyUI's own loader does not say which file is damaged
     return comfy.sd.load_diffusion_model(model), _clip(checkpoints.load_text_encoder(text))
 
 
 def _find(kind: str, name: str) -> str:
     path = folder_paths.get_full_path(kind, name)
     if path is None:
-        raise CheckpointError(f"the tiny model's file {name} is neither in this pack nor in models/{kind}; {_MISSING}")
+        raise CheckpointError(
+            f"the tiny model's file {name} is missing. It comes with this pack, in {tiny.FOLDERS[kind]}: install the "
+            f"pack again and restart ComfyUI, or put the file into models/{kind}"
+        )
     return path
 
 
 def _clip(encoder: TextEncoder) -> comfy.sd.CLIP:
-    """A CLIP that stock nodes accept around the tiny text encoder."""
+    """A CLIP that stock nodes accept around the tiny text encoder, which works in fp32 whatever its file holds."""
+    encoder = encoder.float()
     target = ClipTarget(lambda **_: _Tokenizer(encoder), lambda **_: _Conditioner(encoder))
     return comfy.sd.CLIP(target, model_options={"dtype": torch.float32})
 

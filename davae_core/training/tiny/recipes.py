@@ -37,7 +37,7 @@ def base_autoencoder_recipe(size: str) -> base_autoencoder.BaseAutoencoderRecipe
         data=DataConfig(_images(size, "train", "other"), size=SIZES[size] // 2, workers=0, cache=True),
         run=RunConfig(folder(size, "base_autoencoder"), steps=1600, batch=16),
         optimiser=OptimiserConfig(lr=1e-3, schedule="cosine", ema=0.995),
-        losses=ReconstructionConfig(l1=1.0, perceptual=0.0, kl=5e-7),
+        losses=ReconstructionConfig(l1=1.0, l2=2.0, perceptual=0.0, kl=5e-7),
         model=BASE,
     )
 
@@ -46,7 +46,7 @@ def base_dit_recipe(size: str) -> base_dit.BaseDiTRecipe:
     """The base model and its text encoder, on the captioned images."""
     return base_dit.BaseDiTRecipe(
         data=DataConfig(_images(size, "train"), size=SIZES[size] // 2, workers=0, cache=True),
-        run=RunConfig(folder(size, "base_dit"), steps=5000, batch=64),
+        run=RunConfig(folder(size, "base_dit"), steps=7500, batch=32),
         autoencoder=folder(size, "base_autoencoder") / base_autoencoder.FILE,
         optimiser=OptimiserConfig(lr=6e-4, schedule="cosine", ema=0.999, weight_decay=0.01),
         flow=base_dit.FlowConfig(shift=SHIFT),
@@ -59,7 +59,7 @@ def autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
     """The DA-VAE, on all images but the held-out ones."""
     return autoencoder.AutoencoderRecipe(
         data=DataConfig(_images(size, "train", "other"), size=SIZES[size], workers=0, cache=True),
-        run=RunConfig(folder(size, "autoencoder"), steps=1200, batch=8),
+        run=RunConfig(folder(size, "autoencoder"), steps=1100, batch=4),
         base=folder(size, "base_autoencoder") / base_autoencoder.FILE,
         optimiser=OptimiserConfig(lr=5e-4, schedule="cosine", ema=0.995, weight_decay=1e-4),
         losses=ReconstructionConfig(l1=2.0, perceptual=0.5, network="st-lpips-alex", kl=1e-7),
@@ -70,7 +70,7 @@ def adapter_recipe(size: str) -> adapter.AdapterRecipe:
     """The adapter, on the captioned images."""
     return adapter.AdapterRecipe(
         data=DataConfig(_images(size, "train"), size=SIZES[size], workers=0, cache=True),
-        run=RunConfig(folder(size, "adapter"), steps=2500, batch=64),
+        run=RunConfig(folder(size, "adapter"), steps=3000, batch=32),
         model=folder(size, "base_dit") / tiny.MODEL,
         text_encoder=folder(size, "base_dit") / tiny.TEXT_ENCODER,
         autoencoder=folder(size, "autoencoder") / tiny.AUTOENCODER,

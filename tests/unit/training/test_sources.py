@@ -99,7 +99,10 @@ def test_shards_of_the_webdataset_library_read_like_the_folder_they_came_from(tm
             content = encoded(picture(i), {"jpg": "JPEG"}.get(form, form.upper()))
             text = {"txt": f"picture {i}"} if i % 2 else {"json": {"caption": [f"picture {i}", "so"], "id": i}}
             writer.write({"__key__": f"{i:06d}", form: content, **text})
-            beside = {f"{i:06d}.{name}": value if isinstance(value, str) else json.dumps(value) for name, value in text.items()}
+            beside = {
+                f"{i:06d}.{name}": value if isinstance(value, str) else json.dumps(value)
+                for name, value in text.items()
+            }
             folder(tmp_path / "plain", {f"{i:06d}.{form}": content} | {n: v.encode() for n, v in beside.items()})
     expected = index([str(tmp_path / "plain")])
     found = index([str(tmp_path / "set-{000..002}.tar")])
@@ -222,7 +225,14 @@ def test_transparency_is_laid_over_white(form: str, mode: str, tmp_path: Path) -
     image = Image.new("RGBA", (3, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 0, 255))
     image.putpixel((2, 0), (0, 0, 0, 128))
-    (source,) = index([folder(tmp_path, {"x.png": encoded(image.convert(mode), form, **({"lossless": True} if form == "WEBP" else {}))})])
+    (source,) = index(
+        [
+            folder(
+                tmp_path,
+                {"x.png": encoded(image.convert(mode), form, **({"lossless": True} if form == "WEBP" else {}))},
+            )
+        ]
+    )
     assert pixels(source)[0, :, 0].tolist() == [255, 0, 127]
 
 
@@ -254,6 +264,7 @@ def test_sizes_are_read_from_the_header_alone(tmp_path: Path) -> None:
     assert sources.sizes(found) == [(400, 300), None, (12, 8)]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_files_raise_only_what_counts_as_unreadable(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,0 +1,73 @@
+"""Put a finished family into the pack: fp16, with titles and licences.
+
+python -m davae_core.training.tiny.install --size micro
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from ... import checkpoints, tiny
+from ...checkpoints import files
+from .. import script
+from . import recipes
+
+AUTHOR = "DA-VAE node pack"
+LICENCE = "Apache-2.0; trained on Fluent Emoji (MIT), Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0)"
+LIMIT = 40 * 2**20
+
+
+@dataclass(frozen=True)
+class InstallConfig:
+    """Which family, and where to."""
+
+    size: Literal["micro", "tiny"] = "tiny"
+    """Of the family, trained into output/tiny/SIZE."""
+    into: Path = Path(tiny.__file__).parent
+    """Folder with the folders diffusion_models, text_encoders, vae and loras."""
+
+
+def install(config: InstallConfig) -> list[Path]:
+    """Write the four files in fp16; returns their paths.
+
+    Raises:
+        CheckpointError: a stage of this size has not finished.
+    """
+    stage = {name: recipes.folder(config.size, name) for name in ("base_dit", "autoencoder", "adapter")}
+    state, _ = files.read(stage["base_dit"] / tiny.MODEL)
+    encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
+    davae = checkpoints.load_autoencoder(stage["autoencoder"] / tiny.AUTOENCODER, torch.float16)
+    adapter = checkpoints.load_adapter(stage["adapter"] / tiny.ADAPTER)
+    half = replace(adapter, state={name: tensor.half() for name, tensor in adapter.state.items()})
+    told = adapter.config.recommended
+    out = {kind: config.into / kind for kind in tiny.FOLDERS}
+    paths = [
+        out["diffusion_models"] / tiny.MODEL,
+        out["text_encoders"] / tiny.TEXT_ENCODER,
+        out["vae"] / tiny.AUTOENCODER,
+        out["loras"] / tiny.ADAPTER,
+    ]
+    by = {"author": AUTHOR, "licence": LICENCE}
+    about = {"modelspec.title": "Tiny SD3.5", "modelspec.author": AUTHOR, "modelspec.license": LICENCE}
+    files.save(paths[0], {name: tensor.half() for name, tensor in state.items()}, about)
+    checkpoints.save_text_encoder(paths[1], encoder.half(), title="Tiny text encoder", **by)
+    checkpoints.save_autoencoder(paths[2], davae, told, title="Tiny DA-VAE", **by)
+    checkpoints.save_adapter(paths[3], half, title="Tiny DA-VAE adapter", **by)
+    for path in paths:
+        print(f"{path.stat().st_size / 2**20:6.2f} MiB  {path}")
+    total = sum(path.stat().st_size for path in paths)
+    print(f"{total / 2**20:6.2f} MiB  in all (limit {LIMIT / 2**20:.0f})")
+    return paths
+
+
+def main(args: list[str] | None = None) -> int:
+    """Install from the command line."""
+    install(tyro.cli(InstallConfig, description=__doc__, args=args))
+    return 0
+
+
+if __name__ == "__main__":
+    script.main(main)

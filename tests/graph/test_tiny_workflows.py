@@ -1,0 +1,176 @@
+"""The workflows of the tiny models, run as shipped: with the trained models where the pack holds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from davae_core import checkpoints, tiny
+from harness import workflow
+from harness.demo import FOLDER, WORKFLOWS
+from harness.headless import HeadlessComfy
+from harness.result import Result
+from harness.untrained import provide_tiny, tiny_ships
+
+SAVED = {
+    "tiny_davae": ["With DA-VAE"],
+    "tiny_native": ["Base model alone"],
+    "tiny_roundtrip": ["Encoded and decoded again", "Its base, half the size"],
+}
+
+
+@pytest.fixture(scope="module")
+def recommended(base: Path) -> checkpoints.native.Recommended:
+    """What the tiny adapter recommends."""
+    folder = tiny.FOLDERS["loras"] if provide_tiny(base / "models") else base / "models" / "loras"
+    return checkpoints.load_adapter(folder / tiny.ADAPTER).config.recommended
+
+
+@pytest.fixture(scope="module")
+def prompts(comfy: HeadlessComfy) -> dict[str, workflow.Prompt]:
+    """All workflows as prompts."""
+    return {name: workflow.load(FOLDER / f"{name}.json", comfy.nodes) for name in WORKFLOWS}
+
+
+@pytest.fixture(scope="module")
+def results(comfy: HeadlessComfy, base: Path, prompts: dict[str, workflow.Prompt]) -> dict[str, Result]:
+    """What came out of each workflow as shipped."""
+    provide_tiny(base / "models")
+    return {name: comfy.run(prompt) for name, prompt in prompts.items()}
+
+
+def files(comfy: HeadlessComfy, prompt: workflow.Prompt, result: Result) -> dict[str, Path]:
+    """Saved and previewed pictures by the titles of their nodes."""
+    return {
+        prompt[node]["_meta"]["title"]: comfy.base / image["type"] / image["subfolder"] / image["filename"]
+        for node, output in result.outputs.items()
+        for image in output["images"]
+    }
+
+
+def boxes(content: dict) -> dict[str, tuple[float, float, float, float]]:
+    """Left, top, right, bottom of every node with its title bar, in pixels of the canvas."""
+    found = {}
+    for node in content["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        found[node["title"]] = (x, y - 30, x + width, y + height)
+    return found
+
+
+def inside(box: tuple[float, ...], outer: tuple[float, ...]) -> bool:
+    return box[0] >= outer[0] and box[1] >= outer[1] and box[2] <= outer[2] and box[3] <= outer[3]
+
+
+def apart(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_the_demo_runs_every_tiny_workflow_there_is() -> None:
+    assert {path.stem for path in FOLDER.glob("tiny_*.json")} == set(WORKFLOWS)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_picture_of_the_workflow_is_saved(comfy, prompts, results, name: str) -> None:
+    titles = [node["_meta"]["title"] for node in prompts[name].values() if node["class_type"] == "SaveImage"]
+    assert titles == SAVED[name]
+    for title, file in files(comfy, prompts[name], results[name]).items():
+        assert np.asarray(Image.open(file)).std() > 0, f"{title} is one flat colour"
+
+
+def test_davae_draws_twice_the_width_and_height_from_the_same_tokens(comfy, prompts, results) -> None:
+    native, davae = (
+        Image.open(files(comfy, prompts[name], results[name])[SAVED[name][0]]).size
+        for name in ("tiny_native", "tiny_davae")
+    )
+    assert davae == tuple(2 * side for side in native)
+    spec = checkpoints.load_adapter(adapter_file(comfy)).config.latent
+    assert [side // spec.factor for side in davae] == [side // spec.base_factor for side in native]
+
+
+def adapter_file(comfy: HeadlessComfy) -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_full_path("loras", tiny.ADAPTER))
+
+
+def test_the_round_trip_starts_from_the_picture_that_davae_draws(comfy, prompts, results) -> None:
+    drawn = files(comfy, prompts["tiny_davae"], results["tiny_davae"])["With DA-VAE"]
+    again = files(comfy, prompts["tiny_roundtrip"], results["tiny_roundtrip"])
+    assert np.array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(again["Before"])))
+    sizes = {title: Image.open(file).size for title, file in again.items()}
+    assert sizes["Encoded and decoded again"] == sizes["Before"]
+    assert tuple(2 * side for side in sizes["Its base, half the size"]) == sizes["Before"]
+
+
+@pytest.mark.skipif(not tiny_ships(), reason="the trained tiny models are not in this copy of the pack")
+def test_the_round_trip_gives_the_picture_back(comfy, prompts, results) -> None:
+    found = files(comfy, prompts["tiny_roundtrip"], results["tiny_roundtrip"])
+    before, after = (
+        np.asarray(Image.open(found[title]).convert("RGB"), dtype=np.float64)
+        for title in ("Before", "Encoded and decoded again")
+    )
+    assert 10 * np.log10(255**2 / ((before - after) ** 2).mean()) > 20
+
+
+def test_the_base_model_is_sampled_as_the_adapter_recommends(comfy, prompts, recommended) -> None:
+    native = prompts["tiny_native"]
+    sampler = native[workflow.find(native, "KSampler")]["inputs"]
+    shift = native[workflow.find(native, "ModelSamplingSD3")]["inputs"]["shift"]
+    assert (sampler["steps"], sampler["cfg"], shift) == (recommended.steps, recommended.cfg, recommended.shift)
+
+
+def test_the_size_is_the_one_the_adapter_was_trained_for(comfy, prompts, recommended) -> None:
+    """When other tiny models take the place of these, change width and height in the three files."""
+    for name in ("tiny_davae", "tiny_roundtrip"):
+        sampler = prompts[name][workflow.find(prompts[name], "Adapted SD3.5 Sampler")]["inputs"]
+        assert {sampler["width"], sampler["height"]} == {recommended.size or sampler["width"]}, name
+
+
+def test_the_files_that_are_asked_for_are_those_of_the_tiny_family(prompts) -> None:
+    for name, prompt in prompts.items():
+        values = [value for node in prompt.values() for value in node["inputs"].values() if isinstance(value, str)]
+        asked = {value for value in values if value.endswith(".safetensors")}
+        assert asked <= {tiny.AUTOENCODER, tiny.ADAPTER} and tiny.AUTOENCODER in asked, name
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_graph_is_laid_out_for_a_reader(name: str) -> None:
+    content = workflow.read(FOLDER / f"{name}.json")
+    found = boxes(content)
+    assert len(found) == len(content["nodes"]), "two nodes have one title"
+    for title, box in found.items():
+        for other, second in found.items():
+            assert title == other or apart(box, second), f"{title} and {other} overlap"
+    groups = {
+        g["title"]: (*g["bounding"][:2], *np.add(g["bounding"][:2], g["bounding"][2:])) for g in content["groups"]
+    }
+    notes = {node["title"] for node in content["nodes"] if node["type"] in workflow.NOTES}
+    assert notes, "no note says what the graph does"
+    for title, box in found.items():
+        homes = [group for group, outer in groups.items() if inside(box, outer)]
+        assert len(homes) == (title not in notes), f"{title} is in the groups {homes}"
+    links = {link[0]: link for link in content["links"]}
+    nodes = {node["id"]: node for node in content["nodes"]}
+    for _, origin, _, target, *_ in links.values():
+        assert nodes[origin]["pos"][0] <= nodes[target]["pos"][0], "a link runs from right to left"
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_file_says_nothing_of_the_machine_it_was_made_on(name: str) -> None:
+    content = workflow.read(FOLDER / f"{name}.json")
+    assert "/" not in json.dumps(
+        [node.get("widgets_values") for node in content["nodes"] if "Note" not in node["type"]]
+    )
+    assert content["version"] == 0.4
+
+
+@pytest.mark.skipif(not tiny_ships(), reason="the trained tiny models are not in this copy of the pack")
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_picture_of_the_workflow_is_beside_it(name: str) -> None:
+    """Made by ``python -m harness.thumbnails``."""
+    picture = Image.open(FOLDER / f"{name}.jpg")
+    assert picture.format == "JPEG" and picture.width >= 800

@@ -1,0 +1,125 @@
+"""Real trainings of toy models on generated images: a few steps each, through the scripts' own main functions."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from davae_core import tiny
+from davae_core.checkpoints import files
+from davae_core.training import adapter, autoencoder, base_autoencoder, base_dit, script, state
+
+MAINS = {
+    "base_autoencoder": base_autoencoder.main,
+    "base_dit": base_dit.main,
+    "autoencoder": autoencoder.main,
+    "adapter": adapter.main,
+}
+SIZES = {"base_autoencoder": 16, "base_dit": 16, "autoencoder": 32, "adapter": 32}
+EXPORTS = {
+    "base_autoencoder": [base_autoencoder.FILE],
+    "base_dit": [tiny.MODEL, tiny.TEXT_ENCODER],
+    "autoencoder": [tiny.AUTOENCODER],
+    "adapter": [tiny.ADAPTER],
+}
+
+
+@pytest.fixture(autouse=True)
+def with_gradients(repeatable: None) -> Iterator[None]:
+    """The other unit tests run without autograd; these train."""
+    with torch.enable_grad():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_survey() -> Iterator[None]:
+    """Statistics of 32 images instead of 1024, which would take longer than all steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "SURVEY_STEPS", 2)
+        yield
+
+
+@dataclass
+class Stages:
+    """The four scripts at toy size, each reading what the one before it left in ``root``."""
+
+    root: Path
+    images: Path
+    main = MAINS
+    exports = EXPORTS
+    sizes = SIZES
+    names: tuple[str, ...] = field(default=tuple(MAINS))
+
+    def folder(self, stage: str) -> Path:
+        return self.root / stage
+
+    def file(self, stage: str, number: int = 0) -> Path:
+        return self.folder(stage) / EXPORTS[stage][number]
+
+    def options(self, stage: str) -> list[str]:
+        """What makes the recipe ``micro`` small."""
+        model = "--model.hidden 64 --model.depth 2 --model.grid 8 --model.context 24 --model.pooled 16"
+        base, diffusion, text = self.file("base_autoencoder"), self.file("base_dit"), self.file("base_dit", 1)
+        own = {
+            "base_autoencoder": "--model.widths 32 32 32 64",
+            "base_dit": f"{model} --model.dual-attention 0 --autoencoder {base}",
+            "autoencoder": f"--base {base} --losses.perceptual 0",
+            "adapter": f"--model {diffusion} --text-encoder {text} --autoencoder {self.file('autoencoder')} --rank 4 "
+            "--detail-warmup 4 --recommended.steps 3",
+        }
+        return own[stage].split()
+
+    def command(self, stage: str, out: Path, steps: int, *more: str) -> list[str]:
+        """The arguments of a script; ``more`` wins over what is set here."""
+        common = f"micro --data.images {self.images} --data.size {SIZES[stage]} --run.out {out} --run.steps {steps}"
+        common += " --run.batch 4 --run.log-every 1 --run.sample-every 0 --optimiser.warmup 2 --optimiser.lr 1e-3"
+        return [*common.split(), *self.options(stage), *more]
+
+    def run(self, stage: str, out: Path, steps: int, *more: str) -> int:
+        """Train in this process; the exit code."""
+        return MAINS[stage](self.command(stage, out, steps, *more))
+
+    def curves(self, out: Path) -> dict[str, dict[int, float]]:
+        """What TensorBoard shows of a run: by curve and step."""
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        events = EventAccumulator(str(out), size_guidance={"scalars": 0})
+        events.Reload()
+        return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+    def weights(self, out: Path) -> dict[str, torch.Tensor]:
+        """All that the state of a run holds: weights, averages, moments."""
+        return state.load(out).tensors
+
+    def exported(self, stage: str, out: Path) -> dict[str, torch.Tensor]:
+        """All tensors of the finished files."""
+        return {
+            f"{name}/{key}": t for name in EXPORTS[stage] for key, t in files.read(out / name)[0].items()
+        }
+
+
+def draw_images(folder: Path, count: int, size: int) -> None:
+    """Captioned pictures of waves, each of its own colours and lengths."""
+    folder.mkdir()
+    y, x = np.mgrid[0:size, 0:size] / size
+    for i in range(count):
+        waves = [np.sin(7 * x * (i + 1) + i), np.cos(5 * y * (i % 3 + 1)), np.sin(9 * x * y + 2 * i)]
+        pixels = np.stack(waves, axis=-1) * 120 + 128
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{['flat', 'round'][i % 2]} wave {i}")
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory, short_survey: None) -> Stages:
+    """All four scripts, after two steps of each (a smoke run): their files are there for further runs."""
+    root = tmp_path_factory.mktemp("stages")
+    draw_images(root / "images", count=8, size=32)
+    stages = Stages(root, root / "images")
+    for stage in stages.names:
+        assert stages.run(stage, stages.folder(stage), 2) == 0
+    return stages
