@@ -45,7 +45,7 @@ class PerceptualDistance(nn.Module):
         """
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3:
             raise LatentError(
-                f"{self.name} compares two [B, 3, H, W] images of one size; given {[*a.shape]}, {[*b.shape]}"
+                f"{self.name} compares two [B, 3, H, W] images of one shape; given {[*a.shape]}, {[*b.shape]}"
             )
         if min(a.shape[2:]) < self.smallest:
             raise LatentError(
@@ -92,7 +92,7 @@ class _ShiftTolerant(PerceptualDistance):
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as problem:  # a damaged pickle can raise anything
             raise DAVAEError(
-                f"{path.name} does not hold the {name} weights ({problem}). Install them again: "
+                f"{path.name} does not hold the {name} weights ({type(problem).__name__}). Install them again: "
                 "pip install --no-deps --force-reinstall stlpips_pytorch==0.0.2"
             ) from problem
 

@@ -42,7 +42,7 @@ def test_psnr_refuses_to_broadcast() -> None:
 @pytest.mark.parametrize(("fy", "fx", "counts"), [(0, 0.75, 1), (0.45, 0.45, 1), (0.3, 0, 0), (0.3, 0.3, 0), (0, 0, 0)])
 def test_a_wave_counts_with_half_its_squared_amplitude_if_it_is_fast(fy: float, fx: float, counts: int) -> None:
     energy = high_frequency_energy(wave(96, 128, fy, fx, amplitude=0.6)).item()
-    assert energy == pytest.approx(counts * 0.6**2 / 2, rel=1e-3, abs=1e-6)
+    assert energy == pytest.approx(counts * 0.6**2 / 2, rel=1e-3, abs=1e-5)
 
 
 def test_the_cutoff_is_where_it_is_said_to_be() -> None:
@@ -94,8 +94,8 @@ def test_an_image_is_at_distance_zero_from_itself_and_from_its_mirror_image() ->
     references = torch.nn.functional.avg_pool2d(torch.cat([x, x.flip(-1)]), 8)
     distance = pooled_distance(x, references)
     assert distance.shape == (2, 4)
-    assert not distance[[0, 0, 1, 1], [0, 2, 1, 3]].any()
-    assert (distance[[0, 0, 1, 1], [1, 3, 0, 2]] > 0).all()
+    assert (distance[[0, 0, 1, 1], [0, 2, 1, 3]] < 1e-12).all()
+    assert (distance[[0, 0, 1, 1], [1, 3, 0, 2]] > 1e-3).all()
 
 
 def test_an_image_upside_down_is_another_image() -> None:

@@ -1,0 +1,80 @@
+"""The tiny family's recipes, and what puts a finished family into the pack."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from davae_core import checkpoints, tiny
+from davae_core.checkpoints import files
+from davae_core.errors import DAVAEError
+from davae_core.training import loop
+from davae_core.training.tiny import build, install, recipes
+
+
+@pytest.fixture
+def finished(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder from which `output/tiny/micro` leads to four finished toy trainings."""
+    monkeypatch.chdir(tmp_path)
+    for stage in stages.names:
+        link = recipes.folder("micro", stage)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(stages.folder(stage), target_is_directory=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("size", recipes.SIZES)
+def test_both_models_of_a_family_work_on_the_same_number_of_tokens(size: str) -> None:
+    base, adapted = recipes.base_dit_recipe(size), recipes.adapter_recipe(size)
+    patch, factor = base.model.patch, recipes.BASE.factor
+    assert base.data.size // (factor * patch) == adapted.data.size // (2 * factor * patch)
+
+
+@pytest.mark.parametrize("size", recipes.SIZES)
+def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
+    model, davae, adapter = (
+        recipes.base_dit_recipe(size),
+        recipes.autoencoder_recipe(size),
+        recipes.adapter_recipe(size),
+    )
+    left = {recipes.folder(size, stage) / file for stage, (_, file) in build.TRAININGS.items()}
+    left.add(recipes.folder(size, "base_dit") / tiny.MODEL)
+    assert {model.autoencoder, davae.base, adapter.model, adapter.text_encoder, adapter.autoencoder} < left
+
+
+def test_no_recipe_reads_a_held_out_image() -> None:
+    for of_stage in (recipes.BASE_AUTOENCODER, recipes.BASE_DIT, recipes.AUTOENCODER, recipes.ADAPTER):
+        for _, recipe in of_stage.values():
+            assert {Path(folder).name for folder in recipe.data.images} <= {"train", "other"}
+
+
+def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
+    paths = install.install(install.InstallConfig("micro", finished / "pack"))
+    assert [path.relative_to(finished / "pack").parts[0] for path in paths] == list(tiny.FOLDERS)
+    for path in paths:
+        tensors, info = files.read(path)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+        assert "CC-BY-4.0" in info["modelspec.license"]
+    davae = checkpoints.load_autoencoder(paths[2])
+    adapter = checkpoints.load_adapter(paths[3])
+    assert davae.latent == adapter.config.latent
+    assert adapter.config.recommended.size == 32
+    assert checkpoints.load_text_encoder(paths[1]).config.vocabulary
+
+
+def test_a_family_without_all_stages_is_not_installed(finished: Path) -> None:
+    recipes.folder("micro", "adapter").unlink()
+    with pytest.raises(DAVAEError, match=r"adapter.*does not exist"):
+        install.install(install.InstallConfig("micro", finished / "pack"))
+    assert not (finished / "pack").exists()
+
+
+def test_building_a_finished_family_trains_nothing(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
+    assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
+    assert capsys.readouterr().out.count("finished before") == 4
+    assert [config.size for config in asked] == [128]
