@@ -20,6 +20,8 @@ pytestmark = pytest.mark.server
 TO_PROMPT = "async () => (await window.app.graphToPrompt()).output"
 # Nodes that the front end does not know, or marks as wrong.
 WRONG_NODES = "() => window.app.graph._nodes.filter((n) => n.has_errors || !n.constructor.type).map((n) => n.title)"
+# What the front end tells the person at the page, for example that a file does not follow its format.
+MESSAGES = ".p-toast-message"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +58,8 @@ def test_the_browser_reads_the_file_as_the_converter_does_and_runs_it(
     browser_page.queue_and_wait()
     assert len(saved(server, converted) - before) == len(prefixes(converted))
     browser_page.screenshot(tmp_path / f"{name}.png")
-    ours = ("uncaught", "comfyui-davae", "DAVAE")
+    assert not [text for text in browser_page.page.locator(MESSAGES).all_inner_texts() if "Invalid" in text]
+    ours = ("uncaught", "/extensions/comfyui-davae/")
     assert not [error for error in browser_page.errors if any(word in error for word in ours)]
 
 

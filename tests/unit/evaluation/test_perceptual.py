@@ -109,17 +109,6 @@ def test_the_gradient_is_finite_where_images_are_flat_or_equal(
 
 
 @weights
-def test_the_gradient_is_finite_where_a_layer_is_silent() -> None:
-    metric = load_perceptual("st-lpips-alex")
-    for bias in (p for key, p in metric.named_parameters() if key.endswith("bias")):
-        bias.fill_(-1e4)  # no feature is left
-    with torch.enable_grad():
-        x = IMAGE.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(metric(x, CHANGED["other"]).sum(), x)
-    assert not gradient.any()
-
-
-@weights
 def test_it_cannot_be_trained_and_stays_in_eval_mode(metric: Callable[[], PerceptualDistance]) -> None:
     holder = nn.Sequential(metric()).train()
     assert holder.training
@@ -179,7 +168,7 @@ def test_without_the_package_the_message_says_how_to_get_it_and_what_it_is(monke
     assert "never to be reported as LPIPS" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"\x80\x04]."])
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"\x80\x02]."])
 def test_missing_or_damaged_weights_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
 ) -> None:

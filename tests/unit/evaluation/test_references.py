@@ -130,7 +130,7 @@ def test_a_missing_or_misshapen_image_is_named(data: Path) -> None:
         build(data, CAPTIONS)
 
 
-def test_images_survive_writing_and_reading(tmp_path: Path, picture: object) -> None:
+def test_images_survive_writing_and_reading(tmp_path: Path) -> None:
     x = torch.rand(3, 10, 6) * 2 - 1
     images.save_image(tmp_path / "new" / "x.png", x)
     assert (images.read_image(tmp_path / "new" / "x.png") - x).abs().max() <= 1 / 255 + 1e-6

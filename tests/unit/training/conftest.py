@@ -98,9 +98,7 @@ class Stages:
 
     def exported(self, stage: str, out: Path) -> dict[str, torch.Tensor]:
         """All tensors of the finished files."""
-        return {
-            f"{name}/{key}": t for name in EXPORTS[stage] for key, t in files.read(out / name)[0].items()
-        }
+        return {f"{name}/{key}": t for name in EXPORTS[stage] for key, t in files.read(out / name)[0].items()}
 
 
 def draw_images(folder: Path, count: int, size: int) -> None:

@@ -1,0 +1,78 @@
+"""Recipes: how they are flattened, compared and read from a command line."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from davae_core.errors import DAVAEError
+from davae_core.training import config
+from davae_core.training.config import OptimiserConfig, RunConfig
+from davae_core.training.data import DataConfig
+from davae_core.training.tiny import recipes
+
+ALL = [
+    recipe
+    for family in (recipes.BASE_AUTOENCODER, recipes.BASE_DIT, recipes.AUTOENCODER, recipes.ADAPTER)
+    for _, recipe in family.values()
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe."""
+
+    data: DataConfig = DataConfig(("here",), size=64)
+    run: RunConfig = RunConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+
+
+@pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: f"{type(recipe).__name__}-{recipe.data.size}")
+def test_a_flat_recipe_survives_json(recipe: object) -> None:
+    flat = config.flat(recipe)
+    assert json.loads(json.dumps(flat)) == flat
+    assert config.differences(json.loads(json.dumps(flat)), flat) == []
+    assert {"run.steps", "data.images", "optimiser.lr"} < set(flat)
+
+
+def test_what_may_differ_is_part_of_every_recipe() -> None:
+    # A misspelt name would do nothing.
+    assert all(set(config.flat(recipe)) >= config.FREE for recipe in ALL)
+
+
+def test_differences_are_named_with_both_values() -> None:
+    old = config.flat(Recipe())
+    new = config.flat(Recipe(run=RunConfig(seed=3, out=Path("elsewhere"), resume=True)))
+    assert config.differences(old, new) == ["run.seed: was 0, is 3"]
+    assert config.differences(old, old) == []
+
+
+def test_a_field_that_is_new_or_gone_is_a_difference() -> None:
+    old = config.flat(Recipe())
+    assert config.differences(old, old | {"run.new": 1}) == ["run.new: was None, is 1"]
+    assert config.differences(old | {"run.gone": 1}, old) == ["run.gone: was 1, is None"]
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"micro_batch": -1}, {"log_every": 0}, {"bad_steps": 0}])
+def test_a_run_of_nothing_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(DAVAEError, match="at least 1"):
+        RunConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_command_line_changes_the_fields_of_a_named_recipe() -> None:
+    known = {"one": ("the first", Recipe()), "two": ("the second", replace(Recipe(), run=RunConfig(steps=7)))}
+    args = ["two", "--run.batch", "5", "--optimiser.betas", "0.1", "0.2", "--data.images", "a", "b", "--run.resume"]
+    recipe = config.from_command_line(known, "A test.", args)
+    assert recipe.run == RunConfig(steps=7, batch=5, resume=True)
+    assert recipe.optimiser.betas == (0.1, 0.2)
+    assert recipe.data == DataConfig(("a", "b"), size=64)
+
+
+def test_both_sizes_are_one_recipe() -> None:
+    for family in (recipes.BASE_AUTOENCODER, recipes.BASE_DIT, recipes.AUTOENCODER, recipes.ADAPTER):
+        micro, tiny = (config.flat(family[size][1]) for size in ("micro", "tiny"))
+        differ = {name for name in micro if micro[name] != tiny[name] and "micro" not in str(micro[name])}
+        assert "data.size" in differ
+        assert tiny["data.size"] == 2 * micro["data.size"]
+        assert not {name for name in differ if name.startswith("model.")}

@@ -1,0 +1,88 @@
+"""The same global batch gives the same training, however it is divided: among processes, or in time."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OPTIONS = {
+    "base_autoencoder": "",
+    "base_dit": "--flow.min-snr 5 --flow.prompt-dropout 0.3",
+    "autoencoder": "--critic.weight 0.1 --critic.start 2 --critic.width 8 --critic.layers 2 --alignment.adaptive",
+    "adapter": "--flow.min-snr 5 --flow.prompt-dropout 0.3",
+}
+DRIVER = """
+import importlib, json, sys
+
+for stage, command in json.loads(sys.argv[1]):
+    assert importlib.import_module(f"davae_core.training.{stage}").main(command) == 0
+"""
+STEPS = 4
+
+
+def largest_difference(a: dict[str, dict[int, float]], b: dict[str, dict[int, float]]) -> float:
+    """Relative, over all curves and steps."""
+    assert {name: sorted(points) for name, points in a.items()} == {name: sorted(points) for name, points in b.items()}
+    pairs = [(a[name][step], b[name][step]) for name in a for step in a[name]]
+    return max(abs(x - y) / max(abs(x), abs(y), 1e-12) for x, y in pairs)
+
+
+@pytest.fixture(scope="module")
+def two_processes(stages: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each script under ``accelerate launch``, on two processes; the adapter's also in two parts each."""
+    out = tmp_path_factory.mktemp("two")
+    commands = []
+    for stage, options in OPTIONS.items():
+        parts = "--run.micro-batch 1" if stage == "adapter" else ""
+        commands.append((stage, stages.command(stage, out / stage, STEPS, *options.split(), *parts.split())))
+    driver = out / "driver.py"
+    driver.write_text(DRIVER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = f"--multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port} --mixed_precision no"
+    root = Path(__file__).parents[3]
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--dynamo_backend", "no"),
+            *(str(driver), json.dumps(commands)),
+        ],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("wrote") == 5, "both processes took themselves for the first"
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_two_processes_give_the_losses_of_one(stages: Any, two_processes: Path, tmp_path: Path, stage: str) -> None:
+    assert stages.run(stage, tmp_path, STEPS, *OPTIONS[stage].split()) == 0
+    difference = largest_difference(stages.curves(tmp_path), stages.curves(two_processes / stage))
+    print(f"{stage}: {difference:.1e}")
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_a_batch_in_parts_gives_the_losses_of_the_whole(stages: Any, tmp_path: Path, stage: str) -> None:
+    # The adaptive weight is a ratio of gradients of what is seen at once, so it is not the same in parts.
+    options = OPTIONS[stage].replace("--alignment.adaptive", "").split()
+    for parts in (0, 2, 1):
+        assert stages.run(stage, tmp_path / str(parts), STEPS, "--run.micro-batch", str(parts), *options) == 0
+    whole = stages.curves(tmp_path / "0")
+    assert largest_difference(whole, stages.curves(tmp_path / "2")) < 1e-4
+    assert largest_difference(whole, stages.curves(tmp_path / "1")) < 1e-4
+
+
+def test_losses_of_other_seeds_are_other_losses(stages: Any, tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        assert stages.run("adapter", tmp_path / seed, STEPS, "--run.seed", seed) == 0
+    assert largest_difference(stages.curves(tmp_path / "0"), stages.curves(tmp_path / "1")) > 1e-2

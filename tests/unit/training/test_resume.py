@@ -1,0 +1,190 @@
+"""A training that was stopped, interrupted or killed goes on as if nothing had happened, bit for bit."""
+
+import multiprocessing
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from davae_core.checkpoints import files
+from davae_core.errors import CheckpointError, DAVAEError
+from davae_core.training import adapter, state
+
+OPTIONS = {
+    "base_autoencoder": "",
+    "base_dit": "--flow.prompt-dropout 0.3",
+    "autoencoder": "--critic.weight 0.1 --critic.start 2 --critic.width 8 --critic.layers 2 --alignment.adaptive",
+    "adapter": "--flow.prompt-dropout 0.3 --flow.min-snr 5",
+}
+Tensors = dict[str, torch.Tensor]
+
+
+def same(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+def test_a_resumed_run_has_the_losses_and_the_weights_of_an_unbroken_one(
+    stages: Any, tmp_path: Path, stage: str
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = [*OPTIONS[stage].split(), "--optimiser.schedule", "constant"]  # a cosine would depend on the last step
+    assert stages.run(stage, whole, 8, *more) == 0
+    assert stages.run(stage, parts, 3, *more) == 0
+    time.sleep(1.1)  # TensorBoard orders its files by the second
+    assert stages.run(stage, parts, 8, "--run.resume", *more) == 0
+    curves = stages.curves(parts)
+    assert curves == stages.curves(whole)
+    assert all(max(points) == 8 for points in curves.values())
+    assert same(stages.weights(parts), stages.weights(whole))
+    assert same(stages.exported(stage, parts), stages.exported(stage, whole))
+
+
+def test_the_weights_still_move_after_a_resume(stages: Any, tmp_path: Path) -> None:
+    assert stages.run("adapter", tmp_path, 2) == 0
+    before = stages.weights(tmp_path)
+    assert stages.run("adapter", tmp_path, 3, "--run.resume") == 0
+    after = stages.weights(tmp_path)
+    assert [name for name in before if "/weight/" in name and torch.equal(before[name], after[name])] == []
+
+
+def test_a_finished_run_that_is_resumed_only_exports(stages: Any, tmp_path: Path) -> None:
+    assert stages.run("adapter", tmp_path, 2) == 0
+    before, file = stages.weights(tmp_path), tmp_path / stages.exports["adapter"][0]
+    exported = files.read(file)[0]
+    file.unlink()
+    assert stages.run("adapter", tmp_path, 2, "--run.resume") == 0
+    assert same(stages.weights(tmp_path), before)
+    assert same(files.read(file)[0], exported)
+
+
+def test_resume_in_an_empty_folder_begins(stages: Any, tmp_path: Path) -> None:
+    assert stages.run("adapter", tmp_path, 1, "--run.resume") == 0
+    assert state.load(tmp_path).step == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("--optimiser.lr 0.5", r"optimiser\.lr: was 0\.001, is 0\.5"),
+        ("--run.batch 8", r"run\.batch: was 4, is 8"),
+        ("--run.seed 1", r"run\.seed: was 0, is 1"),
+        ("--rank 8 --data.no-flip", r"data\.flip: was True, is False; rank: was 4, is 8"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_a_resumed_run(stages: Any, tmp_path: Path, more: str, named: str) -> None:
+    assert stages.run("adapter", tmp_path, 1) == 0
+    before = stages.weights(tmp_path)
+    with pytest.raises(DAVAEError, match=f"other settings.*{named}.*another folder"):
+        stages.run("adapter", tmp_path, 2, "--run.resume", *more.split())
+    assert same(stages.weights(tmp_path), before)
+
+
+def test_what_does_not_change_a_step_may_change_between_runs(stages: Any, tmp_path: Path) -> None:
+    assert stages.run("adapter", tmp_path, 1) == 0
+    more = "--run.resume --run.save-minutes 1 --run.sample-every 1 --run.bad-steps 3 --run.micro-batch 2"
+    assert stages.run("adapter", tmp_path, 2, *more.split()) == 0
+    assert (tmp_path / "samples" / "step_0000002.png").is_file()
+
+
+def test_a_folder_with_a_run_in_it_is_not_written_over(stages: Any, tmp_path: Path) -> None:
+    assert stages.run("adapter", tmp_path, 1) == 0
+    content = (tmp_path / state.FILE).read_bytes()
+    with pytest.raises(DAVAEError, match=r"holds the state of a run.*--run\.resume.*--run\.out"):
+        stages.run("adapter", tmp_path, 2)
+    assert (tmp_path / state.FILE).read_bytes() == content
+
+
+def test_a_folder_with_a_run_of_another_script_is_refused(stages: Any, tmp_path: Path) -> None:
+    assert stages.run("base_autoencoder", tmp_path, 1) == 0
+    with pytest.raises(DAVAEError, match=r"other settings.*another folder"):
+        stages.run("adapter", tmp_path, 2, "--run.resume")
+
+
+def test_a_file_that_is_no_state_is_refused(stages: Any, tmp_path: Path) -> None:
+    (tmp_path / state.FILE).write_bytes(stages.file("adapter").read_bytes())
+    with pytest.raises(CheckpointError, match="not the state of a training"):
+        stages.run("adapter", tmp_path, 2, "--run.resume")
+
+
+def test_a_damaged_state_is_named(stages: Any, tmp_path: Path) -> None:
+    assert stages.run("adapter", tmp_path, 1) == 0
+    content = (tmp_path / state.FILE).read_bytes()
+    (tmp_path / state.FILE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=re.escape(state.FILE)):
+        stages.run("adapter", tmp_path, 2, "--run.resume")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stages: Any, tmp_path: Path, number: signal.Signals) -> None:
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    constant = ["--optimiser.schedule", "constant"]
+    command = stages.command("adapter", parts, 1_000_000, "--run.sample-every", "4", *constant)
+    script = subprocess.Popen(
+        [sys.executable, "-m", "davae_core.training.adapter", *command],
+        cwd=Path(__file__).parents[3],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(parts / "samples" / "step_0000004.png", script)
+    assert not (parts / state.FILE).exists()  # the next one would be due in five minutes
+    script.send_signal(number)
+    said = script.communicate(timeout=600)[1]
+    assert script.returncode == 130
+    assert "Traceback" not in said
+    step = state.load(parts).step
+    assert f"stopped at step {step} of 1000000; the state is in {parts}: --run.resume goes on" in said
+    assert stages.run("adapter", parts, step + 2, "--run.resume", *constant) == 0
+    assert stages.run("adapter", whole, step + 2, *constant) == 0
+    assert same(stages.weights(parts), stages.weights(whole))
+
+
+def wait_for(path: Path, script: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert script.poll() is None, script.communicate()[1]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(stages: Any, tmp_path: Path) -> None:
+    dice = random.Random(0)
+    started = time.monotonic()
+    whole = tmp_path / "whole"
+    assert run_apart(stages, whole, None) == 0
+    patience = time.monotonic() - started
+    wanted, kills, runs = stages.weights(whole), 0, 0
+    while kills < 10:
+        out, runs = tmp_path / str(runs), runs + 1
+        while run_apart(stages, out, dice.uniform(0, patience)) != 0:
+            kills += 1
+            if (out / state.FILE).exists():
+                assert state.load(out).step <= 25
+        assert same(stages.weights(out), wanted)
+        assert same(stages.exported("adapter", out), stages.exported("adapter", whole))
+        assert list(out.glob(".*")) == []
+
+
+def run_apart(stages: Any, out: Path, patience: float | None) -> int | None:
+    """Start or resume a run that saves at every step, in a process of its own; SIGKILL after ``patience`` seconds.
+
+    Returns:
+        The exit code, -9 after a kill.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["davae_core.training.adapter"])
+    command = stages.command("adapter", out, 25, "--run.resume", "--run.save-minutes", "0")
+    run: Callable[..., int] = adapter.main
+    child = processes.Process(target=run, args=(command,))
+    child.start()
+    child.join(patience)
+    child.kill()
+    child.join()
+    return child.exitcode
