@@ -25,7 +25,8 @@ class MMDiTConfig:
     Attributes:
         hidden: width, a multiple of 64 (one head per 64).
         depth: joint blocks. In every published file hidden = 64 * depth.
-        in_channels, out_channels: latent channels read and predicted.
+        in_channels: latent channels read.
+        out_channels: latent channels predicted.
         patch: latent pixels per token and direction.
         grid: side P of the stored position grid; a latent may have at most P * patch pixels a side.
         context: width of the text tokens.

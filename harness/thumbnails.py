@@ -24,8 +24,10 @@ from .server import RealServer
 from .untrained import provide_tiny
 
 # Room for the page's own bars: left, top, right, bottom.
-MARGINS = (80, 110, 40, 90)
+MARGINS = (90, 220, 60, 110)
 WIDTH, QUALITY = 1600, 82
+# Nothing over the canvas that can be left out.
+BARE = {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
 
 # Nodes and groups at full size, the top left corner at the given place.
 SHOW = """
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         path = Path(folder)
         settings = path / "user" / "default" / "comfy.settings.json"
         settings.parent.mkdir(parents=True)
-        settings.write_text(json.dumps({**SETTINGS, "Comfy.Minimap.Visible": False}), encoding="utf-8")
+        settings.write_text(json.dumps({**SETTINGS, **BARE}), encoding="utf-8")
         base = make_base(path, REPOSITORY)
         if not provide_tiny(base / "models") and not options.untrained:
             parser.error("the trained tiny models are not in this copy of the pack: the pictures would show noise")

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from .. import checkpoints, flow, tiny
 from ..adapter import EMBED, HEAD, PAPER_TARGETS, PREFIX, WIDENED, Adapter, Recommended, widen, zero_adapter
 from ..checkpoints import files
+from ..evaluation import generate
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
 from . import lora, script
-from .base_dit import FlowConfig, noised, sample
+from .base_dit import FlowConfig, noised
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
 from .draws import Draws
@@ -168,7 +169,9 @@ class AdapterTask:
         x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
         z = self.encode(x)
         told = self.recipe.recommended
-        samples = sample(self.model, self.condition, captions, z.shape, told.shift, told.cfg, told.steps)
+        noise = generate.initial_noise(0, range(len(x)), z.shape[1:]).to(x.device)
+        sampling = generate.Sampling(told.shift, told.cfg, told.steps)
+        samples = generate.sample(self.model, self.condition.encoder, captions, noise, sampling)
         return tile([x, *(self.davae.decode(self.davae.latent.denormalise(y)).float() for y in (z, samples))])
 
     def export(self, folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from torch import nn
 from .. import checkpoints, flow, tiny
 from ..checkpoints import files
 from ..errors import DAVAEError
+from ..evaluation import generate
 from ..latent import BASE_NORMALISATION
 from ..mmdit import MMDiT, MMDiTConfig, sincos_grid
 from ..text_encoder import TextEncoder, TextEncoderConfig
@@ -140,7 +141,9 @@ class BaseDiTTask:
     def sheet(self, batch: Batch) -> torch.Tensor:
         """Images above samples with their captions."""
         x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
-        z = sample(self.model, self.condition, captions, self.encode(x).shape, self.recipe.flow.shift, self.recipe.cfg)
+        noise = generate.initial_noise(0, range(len(x)), self.encode(x).shape[1:]).to(x.device)
+        sampling = generate.Sampling(self.recipe.flow.shift, self.recipe.cfg, SHEET_STEPS)
+        z = generate.sample(self.model, self.condition.encoder, captions, noise, sampling)
         return tile([x, self.autoencoder.decode(z / self.scale + self.shift).float()])
 
     def export(self, folder: Path) -> list[Path]:
@@ -168,28 +171,6 @@ def fresh(config: MMDiTConfig) -> MMDiT:
             nn.init.zeros_(weight)
     nn.init.zeros_(model.final_layer.linear.weight)
     return model
-
-
-def sample(
-    model: nn.Module,
-    condition: Condition,
-    captions: list[str],
-    shape: torch.Size,
-    shift: float,
-    cfg: float,
-    steps: int = SHEET_STEPS,
-    seed: int = 0,
-) -> torch.Tensor:
-    """Latents ``shape [B, c, h, w]`` in the model's units for the captions; the same noise for the same seed."""
-    device = next(model.parameters()).device
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    context, pooled = condition(captions + [""] * len(captions))
-
-    def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        positive, negative = model(x.repeat(2, 1, 1, 1), t.repeat(2), context, pooled).float().chunk(2)
-        return negative + cfg * (positive - negative)
-
-    return flow.sample_euler(guided, noise, flow.sigmas(steps, shift))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -92,7 +92,7 @@ def train(
                 report.sheet(step, task.sheet(batch))
 
     saved_at, bad = time.monotonic(), 0
-    with _stop_signals() as stopped:
+    with _stop_signals() as stopped, _saved_on_error(save, report):
         for micros in _whole_steps(batches(step), accelerator.device) if step < run.steps else ():
             rate = opt.learning_rate(optimiser, step, run.steps)
             logs: dict[str, float] = {"lr": rate}
@@ -108,18 +108,14 @@ def train(
             report.step()
             if step % run.log_every == 0:
                 report.scalars(step, logs | {"skipped": skipped})
-            for name in micros[0].get("broken", ()):
-                report.say(f"could not read {name}: another image took its place")
             last, stop = step >= run.steps, _agreed(stopped(), accelerator)
             if last or (run.sample_every and step % run.sample_every == 0):
                 show(micros[0])
-            give_up = bad >= run.bad_steps
             due = _agreed(time.monotonic() - saved_at > run.save_minutes * 60, accelerator)
-            if due or last or stop or give_up:
+            if due or last or stop:
                 save()
                 saved_at = time.monotonic()
-            if give_up:
-                report.close()
+            if bad >= run.bad_steps:
                 raise DAVAEError(
                     f"the loss or the gradient was not finite in {bad} steps in a row, up to step {step}: {logs}. None "
                     "of these steps changed the weights, and the state is saved. Lower optimiser.lr, or use "
@@ -212,6 +208,17 @@ def _restore(run: RunConfig, recipe: dict[str, Any], players: dict[str, Player])
     for name, player in players.items():
         player.load(states.part(saved.tensors, f"{name}/"))
     return saved.step, saved.skipped
+
+
+@contextmanager
+def _saved_on_error(save: Callable[[], None], report: Report) -> Iterator[None]:
+    """What stops the training inside does not lose the steps before it."""
+    try:
+        yield
+    except DAVAEError:
+        save()
+        report.close()
+        raise
 
 
 @contextmanager

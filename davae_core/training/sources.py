@@ -251,7 +251,7 @@ def _members(path: Path) -> list[tarfile.TarInfo]:
 def _on_white(image: Image.Image) -> Image.Image:
     """RGB; transparent parts are laid over white, 16-bit greys are scaled to 8 bits."""
     if image.mode.startswith("I"):
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

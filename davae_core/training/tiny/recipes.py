@@ -17,7 +17,8 @@ from ..losses import ReconstructionConfig
 ROOT = Path("output/tiny")
 SIZES = {"micro": 128, "tiny": 256}
 
-BASE = AutoencoderConfig(widths=(32, 32, 64, 128), blocks=1)
+# 64 at least: with 32, each of the 32 norm groups is one channel, and colours get lost.
+BASE = AutoencoderConfig(widths=(64, 64, 64, 64), blocks=1)
 MODEL = MMDiTConfig(hidden=256, depth=4, grid=32, context=256, pooled=256, dual_attention=(0, 1))
 SHIFT = 2.0
 
@@ -35,7 +36,7 @@ def base_autoencoder_recipe(size: str) -> base_autoencoder.BaseAutoencoderRecipe
     """The base VAE, on all images but the held-out ones."""
     return base_autoencoder.BaseAutoencoderRecipe(
         data=DataConfig(_images(size, "train", "other"), size=SIZES[size] // 2, workers=0, cache=True),
-        run=RunConfig(folder(size, "base_autoencoder"), steps=1600, batch=16),
+        run=RunConfig(folder(size, "base_autoencoder"), steps=2000, batch=8),
         optimiser=OptimiserConfig(lr=1e-3, schedule="cosine", ema=0.995),
         losses=ReconstructionConfig(l1=1.0, l2=2.0, perceptual=0.0, kl=5e-7),
         model=BASE,

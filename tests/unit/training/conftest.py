@@ -1,7 +1,7 @@
 """Real trainings of toy models on generated images: a few steps each, through the scripts' own main functions."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ MAINS = {
     "autoencoder": autoencoder.main,
     "adapter": adapter.main,
 }
+Curves = dict[str, dict[int, float]]
 SIZES = {"base_autoencoder": 16, "base_dit": 16, "autoencoder": 32, "adapter": 32}
 EXPORTS = {
     "base_autoencoder": [base_autoencoder.FILE],
@@ -28,6 +29,20 @@ EXPORTS = {
     "autoencoder": [tiny.AUTOENCODER],
     "adapter": [tiny.ADAPTER],
 }
+
+
+def read_curves(out: Path) -> Curves:
+    """What TensorBoard shows of the run in a folder: values by curve and step."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    events = EventAccumulator(str(out), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="session")
+def curves() -> Callable[[Path], Curves]:
+    """``curves(folder)``: what TensorBoard shows of a run, by curve and step."""
+    return read_curves
 
 
 @pytest.fixture(autouse=True)
@@ -85,12 +100,9 @@ class Stages:
         """Train in this process; the exit code."""
         return MAINS[stage](self.command(stage, out, steps, *more))
 
-    def curves(self, out: Path) -> dict[str, dict[int, float]]:
-        """What TensorBoard shows of a run: by curve and step."""
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        events = EventAccumulator(str(out), size_guidance={"scalars": 0})
-        events.Reload()
-        return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    def curves(self, out: Path) -> Curves:
+        """What TensorBoard shows of a run."""
+        return read_curves(out)
 
     def weights(self, out: Path) -> dict[str, torch.Tensor]:
         """All that the state of a run holds: weights, averages, moments."""

@@ -272,6 +272,16 @@ def test_a_broken_image_is_named_once_and_replaced_by_its_neighbour(
     )
 
 
+def test_a_broken_image_is_replaced_by_one_of_its_own_bucket(tmp_path: Path) -> None:
+    for i in range(6):
+        paint(tmp_path / f"{i}.png", i, (48, 24) if i % 2 else (24, 48))
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:-600])
+    config = DataConfig((str(tmp_path),), size=32, buckets=True, workers=0)
+    batches = load(config, batch=3, steps=2)
+    names = {tuple(batch["image"].shape[2:]): sorted(Path(n).stem for n in batch["name"]) for batch in batches}
+    assert names == {(40, 24): ["0", "4", "4"], (24, 40): ["1", "3", "5"]}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_broken_images_stop_the_training_and_are_named(tmp_path: Path, workers: int) -> None:
     config = replace(with_broken(tmp_path, {1, 4, 5}), workers=workers)

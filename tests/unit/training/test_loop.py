@@ -17,6 +17,7 @@ from davae_core.training import loop, state
 from davae_core.training.config import OptimiserConfig, RunConfig
 from davae_core.training.task import Batch, Losses, Phase
 
+Read = Callable[[Path], dict[str, dict[int, float]]]
 Trouble = Callable[[torch.Tensor], torch.Tensor]
 TRAINED = OptimiserConfig(lr=0.1, warmup=0, ema=0.9)
 
@@ -84,14 +85,14 @@ def train(task: LineTask, out: Path, steps: int = 8, **options: Any) -> int:
 
 @pytest.mark.parametrize("trouble", [nan_loss, infinite_loss, nan_gradient])
 def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(
-    stages: Any, tmp_path: Path, trouble: Trouble
+    curves: Read, tmp_path: Path, trouble: Trouble
 ) -> None:
     line = Line({2, 3}, trouble)
     assert train(LineTask(line=line), tmp_path) == loop.FINISHED
     moved = [not torch.equal(line.seen[step], line.seen[step + 1]) for step in range(7)]
     assert moved == [True, True, False, False, True, True, True]
     assert line.weight.isfinite().all()
-    assert stages.curves(tmp_path)["skipped"] == {1: 0, 2: 0, 3: 1, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
+    assert curves(tmp_path)["skipped"] == {1: 0, 2: 0, 3: 1, 4: 2, 5: 2, 6: 2, 7: 2, 8: 2}
     saved = state.load(tmp_path)
     assert (saved.step, saved.skipped) == (8, 2)
     assert saved.tensors["line/moment/weight/step"] == 6
@@ -130,11 +131,11 @@ def test_bad_steps_are_counted_in_a_row(tmp_path: Path) -> None:
     assert state.load(tmp_path).skipped == 5
 
 
-def test_a_phase_takes_part_from_its_step_on(stages: Any, tmp_path: Path) -> None:
+def test_a_phase_takes_part_from_its_step_on(curves: Read, tmp_path: Path) -> None:
     late = Line(start=3)
     train(LineTask(line=Line(), late=late), tmp_path)
     assert sorted(late.seen) == [3, 4, 5, 6, 7]
-    assert sorted(stages.curves(tmp_path)["late/loss"]) == [4, 5, 6, 7, 8]
+    assert sorted(curves(tmp_path)["late/loss"]) == [4, 5, 6, 7, 8]
     assert state.load(tmp_path).tensors["late/moment/weight/step"] == 5
 
 
@@ -204,9 +205,9 @@ def test_the_state_of_another_model_is_refused(tmp_path: Path) -> None:
             train(task, tmp_path, resume=True)
 
 
-def test_the_gradient_is_logged_before_it_is_clipped(stages: Any, tmp_path: Path) -> None:
+def test_the_gradient_is_logged_before_it_is_clipped(curves: Read, tmp_path: Path) -> None:
     train(LineTask(line=Line()), tmp_path, steps=1)
-    gradient = stages.curves(tmp_path)["line/gradient"][1]
+    gradient = curves(tmp_path)["line/gradient"][1]
     assert gradient == pytest.approx((4**2 + 2**2) ** 0.5)  # 2 (w - 3) for w = 1, 2; clip is 1
 
 

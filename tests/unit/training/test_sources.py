@@ -245,9 +245,9 @@ def test_a_transparent_colour_of_a_palette_is_white(tmp_path: Path) -> None:
 
 
 def test_greys_of_16_bits_keep_their_brightness(tmp_path: Path) -> None:
-    grey = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
+    grey = np.array([[0, 257 * 100 - 128, 257 * 100 + 128, 65535]], dtype=np.uint16)
     (source,) = index([folder(tmp_path, {"x.png": encoded(Image.fromarray(grey))})])
-    assert pixels(source)[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
+    assert pixels(source)[0].tolist() == [[0] * 3, [100] * 3, [100] * 3, [255] * 3]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK"])
