@@ -25,6 +25,8 @@ from davae_core.text_encoder import TextEncoder, TextEncoderConfig
 # Where ComfyUI looks for each file of the tiny family.
 TINY_FILES = {"diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER}
 TINY_FILES |= {"vae": tiny.AUTOENCODER, "loras": tiny.ADAPTER}
+# What the workflows of the tiny family are made for.
+TINY_RECOMMENDED = Recommended(size=128, shift=2.0, cfg=2.5, steps=30)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def provide_tiny(models: Path) -> bool:
     """
     if tiny_ships():
         return True
-    family = Family()
+    family = Family(recommended=TINY_RECOMMENDED)
     makers: dict[str, Callable[[Path], None]] = {
         "diffusion_models": lambda path: save_file(family.diffusion_model().half().state_dict(), path),
         "text_encoders": lambda path: checkpoints.save_text_encoder(path, family.text_encoder().half()),

@@ -147,7 +147,7 @@ class DAVAEModelLoader(io.ComfyNode):
 
 
 class TinySD35(io.ComfyNode):
-    """The tiny SD3.5 that comes with the pack."""
+    """The tiny SD3.5."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -155,9 +155,10 @@ class TinySD35(io.ComfyNode):
             node_id="DAVAE_TinySD35",
             display_name="Tiny SD3.5",
             category=CATEGORY,
-            description="A very small model in the layout of SD3.5 that comes with this pack, to try the nodes with: "
-            "it draws small pictures of things it knows by name, in four styles. Prompts are a style and a name, for "
-            "example '3d peach' (styles: 3d, flat, noto, twitter).",
+            description="A very small model in the layout of SD3.5 to try the nodes with: it draws small pictures of "
+            "things it knows by name, in four styles. Prompts are a style and a name, for example '3d peach' (styles: "
+            "3d, flat, noto, twitter). This version of the pack does not hold its weights yet: the README says how to "
+            "make them.",
             search_aliases=["DAVAE", "tiny", "demo"],
             inputs=[],
             outputs=[

@@ -11,6 +11,9 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 class LatentCache:
     """Encodes images, and remembers the latent of each by the image's content.
 
+    What it keeps it encodes one by one: the last bits of a latent depend on the size of the batch, so a resumed run,
+    which knows no latents yet, would otherwise go on with slightly different ones.
+
     Args:
         encode: ``[B, 3, H, W]`` in [-1, 1] to ``[B, c, h, w]``; called without gradients.
         keep: remember; without it every image is encoded every time. Costs memory: the latent of every image.
@@ -26,8 +29,7 @@ class LatentCache:
         if not self.keep:
             return self.encode(x)
         keys = [hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest() for image in x]
-        new = [i for i, key in enumerate(keys) if key not in self.known]
-        if new:
-            for i, z in zip(new, self.encode(x[new]).cpu(), strict=True):
-                self.known[keys[i]] = z.clone()
+        for i, key in enumerate(keys):
+            if key not in self.known:
+                self.known[key] = self.encode(x[i : i + 1])[0].cpu().clone()
         return torch.stack([self.known[key] for key in keys]).to(x.device)

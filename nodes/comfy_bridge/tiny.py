@@ -40,8 +40,8 @@ def _find(kind: str, name: str) -> str:
     path = folder_paths.get_full_path(kind, name)
     if path is None:
         raise CheckpointError(
-            f"the tiny model's file {name} is missing. It comes with this pack, in {tiny.FOLDERS[kind]}: install the "
-            f"pack again and restart ComfyUI, or put the file into models/{kind}"
+            f"the tiny model's file {name} is missing: it is neither in {tiny.FOLDERS[kind]} nor in models/{kind}. "
+            "This version of the pack does not hold it yet; its README says how to make it"
         )
     return path
 

@@ -84,7 +84,7 @@ def test_the_clip_gives_what_the_text_encoder_gives(run, encoder: TextEncoder) -
 def test_a_missing_file_is_named_with_its_place(comfy: HeadlessComfy) -> None:
     """Asked of the seam: the node's own files may be in the pack, which a test must not empty."""
     seam = comfy.pack("nodes.comfy_bridge.tiny")
-    with pytest.raises(Exception, match=r"davae_gone\.safetensors is missing.*text_encoders.*install.*again"):
+    with pytest.raises(Exception, match=r"davae_gone\.safetensors is missing.*text_encoders.*README"):
         seam._find("text_encoders", "davae_gone.safetensors")
 
 

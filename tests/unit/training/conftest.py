@@ -84,7 +84,7 @@ class Stages:
         own = {
             "base_autoencoder": "--model.widths 32 32 32 64",
             "base_dit": f"{model} --model.dual-attention 0 --autoencoder {base}",
-            "autoencoder": f"--base {base} --losses.perceptual 0",
+            "autoencoder": f"--base {base} --losses.l1 2 --losses.perceptual 0 --losses.kl 1e-7 --alignment.weight 0.2",
             "adapter": f"--model {diffusion} --text-encoder {text} --autoencoder {self.file('autoencoder')} --rank 4 "
             "--detail-warmup 4 --recommended.steps 3",
         }

@@ -52,7 +52,7 @@ def test_a_critic_learns_to_tell_images_from_reconstructions() -> None:
         loss = phase({"image": torch.randn(4, 3, 16, 16), "micro": 0}, 0)["loss"]
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 < losses[0]
 
 

@@ -1,5 +1,6 @@
 """Latents of images are computed once."""
 
+import pytest
 import torch
 
 from davae_core.training.latents import LatentCache
@@ -49,6 +50,16 @@ def test_without_keeping_every_image_is_encoded_every_time() -> None:
     assert torch.equal(cache(x), cache(x))
     assert encode.images == 8
     assert cache.known == {}
+
+
+@pytest.mark.parametrize("others", [1, 3, 7])
+def test_a_kept_latent_does_not_depend_on_the_images_it_came_with(others: int) -> None:
+    # A resumed run meets its images in other company than the first time, and must see the same latents.
+    encode = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.SiLU(), torch.nn.Conv2d(32, 32, 3, stride=2))
+    x = torch.randn(8, 3, 16, 16)
+    alone, together = LatentCache(encode, keep=True), LatentCache(encode, keep=True)
+    together(x[: others + 1])
+    assert torch.equal(torch.cat([alone(x[i : i + 1]) for i in range(8)]), together(x))
 
 
 def test_what_is_kept_is_not_changed_by_those_who_use_it() -> None:

@@ -105,9 +105,9 @@ def test_a_trained_change_predicts_the_same_when_it_is_merged(make_mmdit: Callab
     plain = predict(model)
     with torch.no_grad():
         for layer, key in places.values():
-            layer.up[key].normal_(std=0.1)
+            layer.up[key].normal_(std=0.5)
     trained = predict(model)
-    assert not torch.allclose(trained, plain, atol=1e-3)
+    assert (trained - plain).abs().max() > 1e-4
 
     weights = merge(base, Adapter(zero.config, zero.state | lora.tensors(places)))
     # The embedder and the head are wider now, for the detail; here the old ones do.

@@ -39,6 +39,25 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     assert torch.allclose(parts["loss"], 2 * parts["l1"] + 0.1 * parts["kl"])
 
 
+def test_the_squared_difference_is_a_part_where_it_has_a_weight() -> None:
+    x, y, moments = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), torch.randn(2, 4, 1, 1)
+    parts = Reconstruction(ReconstructionConfig(l1=1.0, l2=3.0, perceptual=0.0, kl=0.0))(x, y, moments)
+    assert torch.allclose(parts["l2"], ((x - y) ** 2).mean())
+    assert torch.allclose(parts["loss"], parts["l1"] + 3 * parts["l2"])
+
+
+def test_a_new_encoder_that_starts_certain_has_a_spread_of_a_twentieth() -> None:
+    layer = torch.nn.Conv2d(4, 6, 1)
+    torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    x = torch.randn(2, 4, 3, 3)
+    mean, logvar = layer(x).chunk(2, dim=1)
+    losses.start_certain(layer)
+    now_mean, now_logvar = layer(x).chunk(2, dim=1)
+    assert torch.equal(now_mean, mean)
+    assert torch.allclose(now_logvar - logvar, torch.tensor(-6.0))
+    assert float(torch.tensor(losses.START_LOGVAR / 2).exp()) == pytest.approx(0.05, rel=0.01)
+
+
 def test_without_a_perceptual_weight_no_network_is_loaded() -> None:
     assert Reconstruction(ReconstructionConfig(perceptual=0.0, network="lpips-vgg")).distance is None
 

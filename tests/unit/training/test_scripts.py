@@ -43,7 +43,7 @@ def test_a_run_leaves_its_files_its_state_its_curves_and_its_sheet(stages: Any, 
     assert any(name.endswith("/loss") for name in curves)
 
 
-@pytest.mark.parametrize(("stage", "rows"), zip(STAGES, (2, 2, 4, 3), strict=True))
+@pytest.mark.parametrize(("stage", "rows"), list(zip(STAGES, (2, 2, 4, 3), strict=True)))
 def test_the_sheet_is_a_picture_of_the_batch_above_what_became_of_it(stages: Any, stage: str, rows: int) -> None:
     (sheet,) = (stages.folder(stage) / "samples").iterdir()
     side = stages.sizes[stage]
