@@ -54,8 +54,10 @@ def demo(options: argparse.Namespace) -> int:
     """Runs the demo."""
     _, python = environment.prepare(say)
     arguments = ["--out", str(Path(options.out).resolve())]
-    if options.prompt is not None:
-        arguments += ["--prompt", options.prompt]
+    for prompt in options.prompt:
+        arguments += ["--prompt", prompt]
+    if options.seed is not None:
+        arguments += ["--seed", str(options.seed)]
     return run([str(python), "-m", "harness.demo", *arguments, *options.rest])
 
 
@@ -105,7 +107,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     task(setup, "make the environment, or complete it")
     demo_parser = task(demo, "run the nodes in a real ComfyUI and write images")
-    demo_parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    demo_parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", default=[], help="what to draw; may be given several times"
+    )
+    demo_parser.add_argument("--seed", metavar="N", type=int, help="of the noise (default: the workflow's)")
     demo_parser.add_argument(
         "--out", metavar="DIR", default="output/demo", help="where the images go (default: %(default)s)"
     )

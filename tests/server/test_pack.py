@@ -7,6 +7,7 @@ import io
 import pytest
 from PIL import Image
 
+from davae_core import tiny
 from harness.graph import Graph
 from harness.untrained import Family
 
@@ -20,18 +21,18 @@ def family(server) -> Family:
     return toys
 
 
-def picture(family: Family, adapted: bool = True) -> Graph:
+def picture(adapted: bool = True) -> Graph:
     """Prompt to picture on the tiny model's nodes."""
     g = Graph()
     model = g.node("DAVAE_TinySD35")
-    davae = g.node("DAVAE_Loader", davae_name=family.davae_file, dtype="auto")
+    davae = g.node("DAVAE_Loader", davae_name=tiny.AUTOENCODER, dtype="auto")
     prompts = {
         key: g.node("CLIPTextEncode", clip=model[1], text=text)
         for key, text in (("positive", "3d peach"), ("negative", ""))
     }
     common = {"seed": 1, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, **prompts}
     if adapted:
-        adapter = g.node("DAVAE_Adapter", model=model, adapter_name=family.adapter_file, strength=1.0)
+        adapter = g.node("DAVAE_Adapter", model=model, adapter_name=tiny.ADAPTER, strength=1.0)
         latent = g.node(
             "DAVAE_Sampler", model=adapter, adapter_name="(already adapted)", steps=4, cfg=0.0, shift=0.0, width=256,
             height=128, **common,
@@ -53,7 +54,7 @@ def png(server, result) -> Image.Image:
 def test_base_and_adapted_models_sample_in_turn_with_previews(server, family):
     images = []
     for adapted in (True, False, True, False):
-        graph = picture(family, adapted)
+        graph = picture(adapted)
         for node in graph.prompt.values():  # a new seed, so that nothing comes out of the cache
             if "seed" in node["inputs"]:
                 node["inputs"]["seed"] = 100 + len(images) // 2
@@ -65,7 +66,7 @@ def test_base_and_adapted_models_sample_in_turn_with_previews(server, family):
 
 
 def test_an_error_reaches_the_client_in_the_words_of_the_graph(server, family):
-    g = picture(family)
+    g = picture()
     sampler = next(node for node in g.prompt.values() if node["class_type"] == "DAVAE_Sampler")
     sampler["inputs"]["model"] = ["1", 0]
     error = server.queue(g.prompt, expect_error=True).error
@@ -81,7 +82,7 @@ def test_help_pages_are_served(server):
 def test_the_graph_can_be_put_together_and_run_in_the_browser(server, browser_page, family, tmp_path):
     """The front end builds the graph from its nodes, as a user does, and keeps every link and widget."""
     assert {"DAVAE_Loader", "DAVAE_Sampler", "DAVAE_DetailDecode"} <= browser_page.node_types()
-    browser_page.page.evaluate("(prompt) => window.app.loadApiJson(prompt, 'graph.json')", picture(family).prompt)
+    browser_page.page.evaluate("(prompt) => window.app.loadApiJson(prompt, 'graph.json')", picture().prompt)
     browser_page.page.wait_for_function("() => window.app.graph._nodes.length === 8")
     browser_page.queue_and_wait()
     files = sorted((server.base / "output").glob("adapted*.png"))

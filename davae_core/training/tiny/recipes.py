@@ -81,7 +81,7 @@ def adapter_recipe(size: str) -> adapter.AdapterRecipe:
         targets=PAPER_TARGETS,
         detail_warmup=500,
         keep_latents=True,
-        recommended=Recommended(shift=SHIFT, cfg=2.5, steps=30),
+        recommended=Recommended(SIZES[size], shift=SHIFT, cfg=2.5, steps=30),
     )
 
 
