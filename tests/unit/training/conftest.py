@@ -86,7 +86,7 @@ class Stages:
             "base_dit": f"{model} --model.dual-attention 0 --autoencoder {base}",
             "autoencoder": f"--base {base} --losses.l1 2 --losses.perceptual 0 --losses.kl 1e-7 --alignment.weight 0.2",
             "adapter": f"--model {diffusion} --text-encoder {text} --autoencoder {self.file('autoencoder')} --rank 4 "
-            "--detail-warmup 4 --recommended.steps 3",
+            "--detail-warmup 4 --recommended.steps 3 --recommended.size 0",
         }
         return own[stage].split()
 

@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from davae_core.training import state
 
 OPTIONS = {
     "base_autoencoder": "",
@@ -48,24 +52,28 @@ def two_processes(stages: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
         commands.append((stage, stages.command(stage, out / stage, STEPS, *CALM, *options.split(), *parts.split())))
     driver = out / "driver.py"
     driver.write_text(DRIVER)
+    launched = launch(str(driver), json.dumps(commands))
+    said = launched.communicate()[1]
+    assert launched.returncode == 0, said
+    assert said.count("wrote") == 5, "both processes took themselves for the first"
+    return out
+
+
+def launch(*command: str) -> subprocess.Popen[str]:
+    """A script on two processes without a GPU, in a session of its own as in a terminal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = f"--multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port} --mixed_precision no"
-    root = Path(__file__).parents[3]
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--dynamo_backend", "no"),
-            *(str(driver), json.dumps(commands)),
-        ],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
+    options = f"--multi_gpu --num_processes 2 --num_machines 1 --main_process_port {port} --mixed_precision no"
+    root = str(Path(__file__).parents[3])
+    return subprocess.Popen(
+        [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--dynamo_backend", "no", *command],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        cwd=root,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
+        start_new_session=True,
     )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("wrote") == 5, "both processes took themselves for the first"
-    return out
 
 
 @pytest.mark.slow
@@ -75,6 +83,22 @@ def test_two_processes_give_the_losses_of_one(stages: Any, two_processes: Path, 
     difference = largest_difference(stages.curves(tmp_path), stages.curves(two_processes / stage))
     print(f"{stage}: {difference:.1e}")
     assert difference < 1e-4
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_both_processes_with_the_state_saved(stages: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = stages.command("adapter", out, 1_000_000, "--run.sample-every", "4", "--optimiser.schedule", "constant")
+    launched = launch("-m", "davae_core.training.adapter", *command)
+    while not (out / "samples" / "step_0000004.png").exists():
+        assert launched.poll() is None, launched.communicate()[1]
+        time.sleep(0.02)
+    os.killpg(launched.pid, signal.SIGINT)
+    said = launched.communicate(timeout=300)[1]
+    assert launched.returncode != 0
+    step = state.load(out).step
+    assert f"stopped at step {step} of 1000000" in said
+    assert stages.run("adapter", out, step + 1, "--run.resume", "--optimiser.schedule", "constant") == 0
 
 
 @pytest.mark.parametrize("stage", OPTIONS)

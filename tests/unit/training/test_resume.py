@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,21 +49,25 @@ def test_a_resumed_run_has_the_losses_and_the_weights_of_an_unbroken_one(
     assert same(stages.exported(stage, parts), stages.exported(stage, whole))
 
 
-def test_the_weights_still_move_after_a_resume(stages: Any, tmp_path: Path) -> None:
-    assert stages.run("adapter", tmp_path, 2) == 0
-    before = stages.weights(tmp_path)
-    assert stages.run("adapter", tmp_path, 3, "--run.resume") == 0
-    after = stages.weights(tmp_path)
+@pytest.fixture
+def begun(stages: Any, tmp_path: Path) -> Path:
+    """A run of the adapter after two steps."""
+    return Path(shutil.copytree(stages.folder("adapter"), tmp_path / "begun"))
+
+
+def test_the_weights_still_move_after_a_resume(stages: Any, begun: Path) -> None:
+    before = stages.weights(begun)
+    assert stages.run("adapter", begun, 3, "--run.resume") == 0
+    after = stages.weights(begun)
     assert [name for name in before if "/weight/" in name and torch.equal(before[name], after[name])] == []
 
 
-def test_a_finished_run_that_is_resumed_only_exports(stages: Any, tmp_path: Path) -> None:
-    assert stages.run("adapter", tmp_path, 2) == 0
-    before, file = stages.weights(tmp_path), tmp_path / stages.exports["adapter"][0]
+def test_a_finished_run_that_is_resumed_only_exports(stages: Any, begun: Path) -> None:
+    before, file = stages.weights(begun), begun / stages.exports["adapter"][0]
     exported = files.read(file)[0]
     file.unlink()
-    assert stages.run("adapter", tmp_path, 2, "--run.resume") == 0
-    assert same(stages.weights(tmp_path), before)
+    assert stages.run("adapter", begun, 2, "--run.resume") == 0
+    assert same(stages.weights(begun), before)
     assert same(files.read(file)[0], exported)
 
 
@@ -80,33 +85,29 @@ def test_resume_in_an_empty_folder_begins(stages: Any, tmp_path: Path) -> None:
         ("--rank 8 --data.no-flip", r"data\.flip: was True, is False; rank: was 4, is 8"),
     ],
 )
-def test_a_run_with_other_settings_is_not_a_resumed_run(stages: Any, tmp_path: Path, more: str, named: str) -> None:
-    assert stages.run("adapter", tmp_path, 1) == 0
-    before = stages.weights(tmp_path)
+def test_a_run_with_other_settings_is_not_a_resumed_run(stages: Any, begun: Path, more: str, named: str) -> None:
+    before = stages.weights(begun)
     with pytest.raises(DAVAEError, match=f"other settings.*{named}.*another folder"):
-        stages.run("adapter", tmp_path, 2, "--run.resume", *more.split())
-    assert same(stages.weights(tmp_path), before)
+        stages.run("adapter", begun, 3, "--run.resume", *more.split())
+    assert same(stages.weights(begun), before)
 
 
-def test_what_does_not_change_a_step_may_change_between_runs(stages: Any, tmp_path: Path) -> None:
-    assert stages.run("adapter", tmp_path, 1) == 0
+def test_what_does_not_change_a_step_may_change_between_runs(stages: Any, begun: Path) -> None:
     more = "--run.resume --run.save-minutes 1 --run.sample-every 1 --run.bad-steps 3 --run.micro-batch 2"
-    assert stages.run("adapter", tmp_path, 2, *more.split()) == 0
-    assert (tmp_path / "samples" / "step_0000002.png").is_file()
+    assert stages.run("adapter", begun, 3, *more.split()) == 0
+    assert (begun / "samples" / "step_0000003.png").is_file()
 
 
-def test_a_folder_with_a_run_in_it_is_not_written_over(stages: Any, tmp_path: Path) -> None:
-    assert stages.run("adapter", tmp_path, 1) == 0
-    content = (tmp_path / state.FILE).read_bytes()
+def test_a_folder_with_a_run_in_it_is_not_written_over(stages: Any, begun: Path) -> None:
+    content = (begun / state.FILE).read_bytes()
     with pytest.raises(DAVAEError, match=r"holds the state of a run.*--run\.resume.*--run\.out"):
-        stages.run("adapter", tmp_path, 2)
-    assert (tmp_path / state.FILE).read_bytes() == content
+        stages.run("adapter", begun, 3)
+    assert (begun / state.FILE).read_bytes() == content
 
 
-def test_a_folder_with_a_run_of_another_script_is_refused(stages: Any, tmp_path: Path) -> None:
-    assert stages.run("base_autoencoder", tmp_path, 1) == 0
+def test_a_folder_with_a_run_of_another_script_is_refused(stages: Any, begun: Path) -> None:
     with pytest.raises(DAVAEError, match=r"other settings.*another folder"):
-        stages.run("adapter", tmp_path, 2, "--run.resume")
+        stages.run("base_dit", begun, 3, "--run.resume")
 
 
 def test_a_file_that_is_no_state_is_refused(stages: Any, tmp_path: Path) -> None:
@@ -115,12 +116,11 @@ def test_a_file_that_is_no_state_is_refused(stages: Any, tmp_path: Path) -> None
         stages.run("adapter", tmp_path, 2, "--run.resume")
 
 
-def test_a_damaged_state_is_named(stages: Any, tmp_path: Path) -> None:
-    assert stages.run("adapter", tmp_path, 1) == 0
-    content = (tmp_path / state.FILE).read_bytes()
-    (tmp_path / state.FILE).write_bytes(content[: len(content) // 2])
+def test_a_damaged_state_is_named(stages: Any, begun: Path) -> None:
+    content = (begun / state.FILE).read_bytes()
+    (begun / state.FILE).write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=re.escape(state.FILE)):
-        stages.run("adapter", tmp_path, 2, "--run.resume")
+        stages.run("adapter", begun, 2, "--run.resume")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
