@@ -41,7 +41,8 @@ class RunConfig:
     out: Path = Path("output/training")
     """Folder of the run: state.safetensors, TensorBoard events, samples/ and at the end the exported files."""
     steps: int = 10_000
-    """Optimiser steps in all."""
+    """Optimiser steps in all. A resumed run may have more; with the cosine schedule it is then another run, because the
+    learning rate depends on it."""
     batch: int = 64
     """Images per optimiser step, over all processes together."""
     micro_batch: int = 0
