@@ -20,6 +20,7 @@ from ..checkpoints import files
 from ..evaluation import generate
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
+from ..text_encoder import TextEncoder
 from . import lora, script
 from .base_dit import FlowConfig, noised
 from .config import OptimiserConfig, RunConfig, from_command_line
@@ -28,7 +29,7 @@ from .draws import Draws
 from .latents import LatentCache
 from .report import tile
 from .task import Batch, Losses, Phase
-from .text import Condition
+from .text import thinned
 
 SHEET_IMAGES = 8
 
@@ -119,17 +120,17 @@ class AdaptedModel(nn.Module):
 class AdapterPhase(Phase):
     """Flow matching on base and detail channels, the weight of the detail rising (eq. 12-13)."""
 
-    def __init__(self, model: AdaptedModel, recipe: AdapterRecipe, condition: Condition, latents: LatentCache) -> None:
+    def __init__(self, model: AdaptedModel, recipe: AdapterRecipe, text: TextEncoder, latents: LatentCache) -> None:
         super().__init__()
-        self.model, self.recipe, self.condition, self.latents = model, recipe, condition, latents
+        self.model, self.recipe, self.text, self.latents = model, recipe, text, latents
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
         recipe = self.recipe
         z = self.latents(batch["image"])
         draws = Draws(recipe.run.seed, step, batch["position"])
-        dropped = draws.uniform("prompt") < recipe.flow.prompt_dropout
-        context, pooled = self.condition(batch["caption"], dropped)
+        captions = thinned(batch["caption"], draws, recipe.flow.prompt_dropout, recipe.flow.word_dropout)
+        context, pooled = generate.encode_captions(self.text, captions)
         point = noised(z, draws, recipe.flow)
         prediction = self.model(point.x, point.t, context, pooled)
         weight = flow.detail_weight(step, recipe.detail_warmup)
@@ -144,7 +145,7 @@ class AdapterTask:
     def __init__(self, recipe: AdapterRecipe, images: script.Images) -> None:
         self.recipe = recipe
         self.davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32).requires_grad_(False)
-        self.condition = Condition(checkpoints.load_text_encoder(recipe.text_encoder).float().requires_grad_(False))
+        self.text = checkpoints.load_text_encoder(recipe.text_encoder).float().requires_grad_(False)
         base, _ = files.read(recipe.model)
         seed = recipe.run.seed
         self.model = AdaptedModel(base, self.davae.latent, recipe.rank, recipe.targets, seed)
@@ -153,7 +154,7 @@ class AdapterTask:
         if recipe.run.compile:
             self.model.compile()
         latents = LatentCache(self.encode, recipe.keep_latents)
-        self.phases: dict[str, Phase] = {"adapter": AdapterPhase(self.model, recipe, self.condition, latents)}
+        self.phases: dict[str, Phase] = {"adapter": AdapterPhase(self.model, recipe, self.text, latents)}
 
     def to(self, device: torch.device) -> None:
         """Move the model, the text encoder and the autoencoder."""
@@ -171,7 +172,7 @@ class AdapterTask:
         told = self.recipe.recommended
         noise = generate.initial_noise(0, range(len(x)), z.shape[1:]).to(x.device)
         sampling = generate.Sampling(told.shift, told.cfg, told.steps)
-        samples = generate.sample(self.model, self.condition.encoder, captions, noise, sampling)
+        samples = generate.sample(self.model, self.text, captions, noise, sampling)
         return tile([x, *(self.davae.decode(self.davae.latent.denormalise(y)).float() for y in (z, samples))])
 
     def export(self, folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from .draws import Draws
 from .latents import LatentCache
 from .report import tile
 from .task import Batch, Losses, Phase
-from .text import Condition, vocabulary
+from .text import thinned, vocabulary
 
 SHEET_IMAGES, SHEET_STEPS = 8, 20
 
@@ -42,6 +42,9 @@ class FlowConfig:
     """Its standard deviation."""
     prompt_dropout: float = 0.1
     """Share of prompts replaced by an empty one, for classifier-free guidance."""
+    word_dropout: float = 0.0
+    """Share of words left out of the other prompts, so that each comes to mean something by itself: for models of few
+    captions."""
     min_snr: float = 0.0
     """Gamma of the min-SNR weighting of times; 0 for none."""
 
@@ -87,17 +90,17 @@ def noised(x0: torch.Tensor, draws: Draws, config: FlowConfig) -> Noised:
 class BaseDiTPhase(Phase):
     """Flow matching on latents in the model's units."""
 
-    def __init__(self, model: MMDiT, condition: Condition, latents: LatentCache, config: FlowConfig, seed: int) -> None:
+    def __init__(self, model: MMDiT, text: TextEncoder, latents: LatentCache, config: FlowConfig, seed: int) -> None:
         super().__init__()
-        self.model, self.condition = model, condition
+        self.model, self.text = model, text
         self.latents, self.config, self.seed = latents, config, seed
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
         x0 = self.latents(batch["image"])
         draws = Draws(self.seed, step, batch["position"])
-        dropped = draws.uniform("prompt") < self.config.prompt_dropout
-        context, pooled = self.condition(batch["caption"], dropped)
+        captions = thinned(batch["caption"], draws, self.config.prompt_dropout, self.config.word_dropout)
+        context, pooled = generate.encode_captions(self.text, captions)
         point = noised(x0, draws, self.config)
         prediction = self.model(point.x, point.t, context, pooled)
         error = ((prediction.float() - point.target) ** 2).mean(dim=(1, 2, 3))
@@ -117,16 +120,15 @@ class BaseDiTTask:
             raise DAVAEError("none of the images has a caption; put a .txt beside each image")
         torch.manual_seed(recipe.run.seed)
         config = TextEncoderConfig(vocabulary(captions), recipe.text_length, recipe.model.context, recipe.model.pooled)
-        encoder = TextEncoder(config)
-        nn.init.normal_(encoder.token_embedding.weight, std=0.5)
-        nn.init.normal_(encoder.position_embedding, std=0.1)
-        self.condition = Condition(encoder)
+        self.text = TextEncoder(config)
+        nn.init.normal_(self.text.token_embedding.weight, std=0.5)
+        nn.init.normal_(self.text.position_embedding, std=0.1)
         self.model = fresh(recipe.model)
         if recipe.run.compile:
             self.model.compile()
         latents = LatentCache(self.encode, recipe.keep_latents)
         self.phases: dict[str, Phase] = {
-            "dit": BaseDiTPhase(self.model, self.condition, latents, recipe.flow, recipe.run.seed)
+            "dit": BaseDiTPhase(self.model, self.text, latents, recipe.flow, recipe.run.seed)
         }
 
     def to(self, device: torch.device) -> None:
@@ -143,13 +145,13 @@ class BaseDiTTask:
         x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
         noise = generate.initial_noise(0, range(len(x)), self.encode(x).shape[1:]).to(x.device)
         sampling = generate.Sampling(self.recipe.flow.shift, self.recipe.cfg, SHEET_STEPS)
-        z = generate.sample(self.model, self.condition.encoder, captions, noise, sampling)
+        z = generate.sample(self.model, self.text, captions, noise, sampling)
         return tile([x, self.autoencoder.decode(z / self.scale + self.shift).float()])
 
     def export(self, folder: Path) -> list[Path]:
         """The diffusion model and the text encoder, fp32."""
         files.save(folder / tiny.MODEL, self.model.state_dict(), {"modelspec.title": "Base diffusion model"})
-        checkpoints.save_text_encoder(folder / tiny.TEXT_ENCODER, self.condition.encoder)
+        checkpoints.save_text_encoder(folder / tiny.TEXT_ENCODER, self.text)
         return [folder / tiny.MODEL, folder / tiny.TEXT_ENCODER]
 
 

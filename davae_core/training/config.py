@@ -50,8 +50,8 @@ class RunConfig:
     seed: int = 0
     """Of everything random. What step n sees and draws depends on the seed and n alone."""
     precision: Precision = "auto"
-    """Of the forward and backward pass (weights and optimiser stay in fp32). auto: bf16 where the device computes in
-    it, fp32 elsewhere; a CPU without bf16 instructions is some thirty times slower in bf16."""
+    """Of the forward and backward pass (weights and optimiser stay in fp32). auto: bf16 where the device is faster in
+    it (GPUs, CPUs with AMX), fp32 elsewhere; a CPU that has to emulate bf16 is some thirty times slower in it."""
     compile: bool = False
     """Compile the model with torch.compile."""
     resume: bool = False

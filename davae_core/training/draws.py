@@ -26,9 +26,9 @@ class Draws:
         parts = [torch.randn(like.shape[1:], generator=generator) for generator in self._generators(name)]
         return torch.stack(parts).to(like.device)
 
-    def uniform(self, name: str) -> torch.Tensor:
-        """``[B]`` numbers in [0, 1), on the CPU."""
-        return torch.stack([torch.rand((), generator=generator) for generator in self._generators(name)])
+    def uniform(self, name: str, *shape: int) -> torch.Tensor:
+        """``[B, *shape]`` numbers in [0, 1), on the CPU."""
+        return torch.stack([torch.rand(shape, generator=generator) for generator in self._generators(name)])
 
     def gaussian(self, name: str) -> torch.Tensor:
         """``[B]`` standard normal numbers, on the CPU."""

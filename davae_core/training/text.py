@@ -1,11 +1,9 @@
-"""Captions to what the diffusion model reads, with prompt dropout."""
+"""Captions on their way to the text encoder: the vocabulary, and dropout of prompts and words."""
 
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import nn
-
-from ..text_encoder import TextEncoder, words
+from ..text_encoder import words
+from .draws import Draws
 
 
 def vocabulary(captions: Iterable[str]) -> tuple[str, ...]:
@@ -13,25 +11,19 @@ def vocabulary(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({word for caption in captions for word in words(caption)}))
 
 
-class Condition(nn.Module):
-    """Captions to text tokens and pooled vectors, through the tiny models' text encoder."""
+def thinned(captions: Sequence[str], draws: Draws, prompt_dropout: float, word_dropout: float) -> list[str]:
+    """The captions without the prompts, and in the others without the words, that these draws leave out.
 
-    def __init__(self, encoder: TextEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(
-        self, captions: Sequence[str], dropped: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode.
-
-        Args:
-            captions: B of them.
-            dropped: ``[B]``; where true, the prompt is the empty one.
-
-        Returns:
-            ``context [B, L, context]`` and ``pooled [B, pooled]``.
-        """
-        texts = ["" if dropped is not None and bool(dropped[i]) else caption for i, caption in enumerate(captions)]
-        tokens = torch.tensor([self.encoder.pad(self.encoder.tokenize(text)) for text in texts])
-        return self.encoder(tokens.to(self.encoder.token_embedding.weight.device))
+    Args:
+        captions: of the batch that ``draws`` are for.
+        draws: of the step.
+        prompt_dropout: share of prompts that become the empty one.
+        word_dropout: share of words left out of the other prompts.
+    """
+    gone = (draws.uniform("prompt") < prompt_dropout).tolist()
+    texts = ["" if out else caption for caption, out in zip(captions, gone, strict=True)]
+    if not word_dropout:
+        return texts
+    split = [text.split() for text in texts]
+    kept = (draws.uniform("word", max(map(len, split))) >= word_dropout).tolist()
+    return [" ".join(word for word, keep in zip(*row, strict=False) if keep) for row in zip(split, kept, strict=True)]

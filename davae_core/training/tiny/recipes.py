@@ -20,7 +20,7 @@ SIZES = {"micro": 128, "tiny": 256}
 # 64 at least: with 32, each of the 32 norm groups is one channel, and colours get lost.
 BASE = AutoencoderConfig(widths=(64, 64, 64, 64), blocks=1)
 MODEL = MMDiTConfig(hidden=256, depth=4, grid=32, context=256, pooled=256, dual_attention=(0, 1))
-SHIFT = 2.0
+FLOW = base_dit.FlowConfig(shift=2.0, word_dropout=0.1)
 
 
 def folder(size: str, stage: str) -> Path:
@@ -36,7 +36,7 @@ def base_autoencoder_recipe(size: str) -> base_autoencoder.BaseAutoencoderRecipe
     """The base VAE, on all images but the held-out ones."""
     return base_autoencoder.BaseAutoencoderRecipe(
         data=DataConfig(_images(size, "train", "other"), size=SIZES[size] // 2, workers=0, cache=True),
-        run=RunConfig(folder(size, "base_autoencoder"), steps=2000, batch=8),
+        run=RunConfig(folder(size, "base_autoencoder"), steps=3000, batch=8),
         optimiser=OptimiserConfig(lr=1e-3, schedule="cosine", ema=0.995),
         losses=ReconstructionConfig(l1=1.0, l2=2.0, perceptual=0.0, kl=5e-7),
         model=BASE,
@@ -46,11 +46,11 @@ def base_autoencoder_recipe(size: str) -> base_autoencoder.BaseAutoencoderRecipe
 def base_dit_recipe(size: str) -> base_dit.BaseDiTRecipe:
     """The base model and its text encoder, on the captioned images."""
     return base_dit.BaseDiTRecipe(
-        data=DataConfig(_images(size, "train"), size=SIZES[size] // 2, workers=0, cache=True),
-        run=RunConfig(folder(size, "base_dit"), steps=7500, batch=32),
+        data=DataConfig(_images(size, "train"), size=SIZES[size] // 2, flip=False, workers=0, cache=True),
+        run=RunConfig(folder(size, "base_dit"), steps=9000, batch=64),
         autoencoder=folder(size, "base_autoencoder") / base_autoencoder.FILE,
         optimiser=OptimiserConfig(lr=6e-4, schedule="cosine", ema=0.999, weight_decay=0.01),
-        flow=base_dit.FlowConfig(shift=SHIFT),
+        flow=FLOW,
         model=MODEL,
         keep_latents=True,
     )
@@ -60,7 +60,7 @@ def autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
     """The DA-VAE, on all images but the held-out ones."""
     return autoencoder.AutoencoderRecipe(
         data=DataConfig(_images(size, "train", "other"), size=SIZES[size], workers=0, cache=True),
-        run=RunConfig(folder(size, "autoencoder"), steps=1100, batch=4),
+        run=RunConfig(folder(size, "autoencoder"), steps=2500, batch=4),
         base=folder(size, "base_autoencoder") / base_autoencoder.FILE,
         optimiser=OptimiserConfig(lr=5e-4, schedule="cosine", ema=0.995, weight_decay=1e-4),
         losses=ReconstructionConfig(l1=2.0, perceptual=0.5, network="st-lpips-alex", kl=1e-7),
@@ -70,18 +70,18 @@ def autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
 def adapter_recipe(size: str) -> adapter.AdapterRecipe:
     """The adapter, on the captioned images."""
     return adapter.AdapterRecipe(
-        data=DataConfig(_images(size, "train"), size=SIZES[size], workers=0, cache=True),
-        run=RunConfig(folder(size, "adapter"), steps=3000, batch=32),
+        data=DataConfig(_images(size, "train"), size=SIZES[size], flip=False, workers=0, cache=True),
+        run=RunConfig(folder(size, "adapter"), steps=6000, batch=64),
         model=folder(size, "base_dit") / tiny.MODEL,
         text_encoder=folder(size, "base_dit") / tiny.TEXT_ENCODER,
         autoencoder=folder(size, "autoencoder") / tiny.AUTOENCODER,
         optimiser=OptimiserConfig(lr=6e-4, schedule="cosine", ema=0.999),
-        flow=base_dit.FlowConfig(shift=SHIFT),
+        flow=FLOW,
         rank=64,
         targets=PAPER_TARGETS,
         detail_warmup=500,
         keep_latents=True,
-        recommended=Recommended(SIZES[size], shift=SHIFT, cfg=2.5, steps=30),
+        recommended=Recommended(SIZES[size], shift=FLOW.shift, cfg=2.5, steps=30),
     )
 
 

@@ -1,5 +1,6 @@
 """Stage 2: what is trained, from where it starts, and that the exported adapter is what was trained."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ from davae_core import checkpoints, flow
 from davae_core.adapter import LORA_MODULES, WIDENED, Recommended, merge
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig
-from davae_core.text_encoder import TextEncoder, TextEncoderConfig
 from davae_core.training import state
 from davae_core.training.adapter import AdaptedModel
 from davae_core.training.base_dit import FlowConfig, noised
 from davae_core.training.draws import Draws
-from davae_core.training.text import Condition, vocabulary
+from davae_core.training.text import thinned, vocabulary
 
 ALL = tuple(LORA_MODULES)
 SPEC = LatentSpec()
@@ -204,22 +204,33 @@ def test_times_do_not_depend_on_noise() -> None:
     assert torch.corrcoef(torch.stack([point.t, noise]))[0, 1].abs() < 0.05
 
 
-def test_a_dropped_prompt_is_the_empty_one() -> None:
-    encoder = TextEncoder(TextEncoderConfig(vocabulary(["flat wave", "round Wave!"]), 4, 8, 6))
-    assert encoder.config.vocabulary == ("flat", "round", "wave")
-    condition = Condition(encoder)
-    context, pooled = condition(["flat wave", "flat wave"], torch.tensor([False, True]))
-    empty = condition([""])
-    assert torch.equal(context[1], empty[0][0]) and torch.equal(pooled[1], empty[1][0])
-    assert not torch.equal(context[0], context[1])
-    assert torch.equal(condition(["flat wave"])[0][0], context[0])
+def test_the_vocabulary_is_the_words_of_the_captions() -> None:
+    assert vocabulary(["flat wave", "round Wave!"]) == ("flat", "round", "wave")
+
+
+def test_a_thinned_prompt_is_empty_or_lacks_words_as_often_as_told() -> None:
+    texts = thinned(["a b c"] * 4000, Draws(0, 3, torch.arange(4000)), 0.25, 0.2)
+    counts = Counter(texts)
+    assert all(text in ("a b c", "a b", "a c", "b c", "a", "b", "c", "") for text in counts)
+    assert counts[""] / 4000 == pytest.approx(0.25 + 0.75 * 0.2**3, abs=0.03)
+    assert counts["a b c"] / 4000 == pytest.approx(0.75 * 0.8**3, abs=0.03)
+    for text in ("a b", "a c", "b c"):
+        assert counts[text] / 4000 == pytest.approx(0.75 * 0.8**2 * 0.2, abs=0.03)
+
+
+def test_what_a_prompt_loses_does_not_depend_on_the_others_in_its_batch() -> None:
+    captions = ["a b", "c d e f g", "h", "i j k"] * 16
+    whole = thinned(captions, Draws(0, 3, torch.arange(64)), 0.1, 0.3)
+    for i, caption in enumerate(captions):
+        assert thinned([caption], Draws(0, 3, torch.tensor([i])), 0.1, 0.3) == whole[i : i + 1]
+    assert thinned(captions, Draws(0, 3, torch.arange(64)), 0.0, 0.0) == captions
 
 
 @pytest.mark.parametrize(("dropout", "alike"), [("1", True), ("0", False)])
 def test_prompt_dropout_decides_whether_captions_matter(stages: Any, tmp_path: Path, dropout: str, alike: bool) -> None:
     # A trained base model listens to its prompts; this one, fresh, has gates of zero: so its text encoder tells.
     assert stages.run("base_dit", tmp_path, 3, "--flow.prompt-dropout", dropout) == 0
-    moments = stages.weights(tmp_path)["dit/moment/condition.encoder.token_embedding.weight/exp_avg"]
+    moments = stages.weights(tmp_path)["dit/moment/text.token_embedding.weight/exp_avg"]
     assert bool((moments[2:] == 0).all()) is alike
 
 
