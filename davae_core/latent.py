@@ -22,6 +22,8 @@ class LatentSpec:
         base_factor: f, pixels per latent pixel of the base VAE.
         base_shift, base_scale: the model sees ``(z_base - base_shift) * base_scale``.
         detail_mean, detail_std: D numbers each; the model sees ``(z_detail - detail_mean) / detail_std``.
+        preview: C + 1 times red, green, blue, see :func:`davae_core.preview.fit_preview`; empty for the colours that
+            are known of the SD3 VAE.
     """
 
     base_channels: int = 16
@@ -32,6 +34,7 @@ class LatentSpec:
     base_scale: float = BASE_NORMALISATION[16][1]
     detail_mean: tuple[float, ...] = ()
     detail_std: tuple[float, ...] = ()
+    preview: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.base_channels < 1 or self.detail_channels < 1 or self.detail_channels % self.base_channels:
@@ -47,9 +50,11 @@ class LatentSpec:
             values = getattr(self, name)
             if len(values) != self.detail_channels:
                 raise DAVAEError(f"{name} must hold {self.detail_channels} numbers, got {len(values)}")
+        if len(self.preview) not in (0, 3 * (self.base_channels + 1)):
+            raise DAVAEError(f"preview must hold {3 * (self.base_channels + 1)} numbers or none, got {len(self.preview)}")
         factors = (self.base_scale, *self.detail_std)
-        if not all(math.isfinite(value) for value in (self.base_shift, *self.detail_mean, *factors)):
-            raise DAVAEError("base_shift, base_scale, detail_mean and detail_std must be finite numbers")
+        if not all(math.isfinite(value) for value in (self.base_shift, *self.detail_mean, *factors, *self.preview)):
+            raise DAVAEError("base_shift, base_scale, detail_mean, detail_std and preview must be finite numbers")
         if not all(value > 0 for value in factors):
             raise DAVAEError("base_scale and every detail_std must be above 0")
 

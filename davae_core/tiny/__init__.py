@@ -1,4 +1,4 @@
-"""The tiny models: where their files are, once they ship with the pack. Inference never needs more than this."""
+"""The tiny models: where their files are. Inference never needs more than this."""
 
 from pathlib import Path
 
@@ -6,6 +6,9 @@ MODEL = "davae_tiny_sd35.safetensors"
 TEXT_ENCODER = "davae_tiny_text_encoder.safetensors"
 AUTOENCODER = "davae_tiny_autoencoder.safetensors"
 ADAPTER = "davae_tiny_adapter.safetensors"
+
+# Metadata of the model file: the colours of its latent, as in LatentSpec.preview.
+PREVIEW = "davae.preview"
 
 _HERE = Path(__file__).parent
 

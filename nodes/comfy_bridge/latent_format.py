@@ -1,5 +1,7 @@
 """The latent format that tells ComfyUI how our latents are scaled and previewed."""
 
+from collections.abc import Sequence
+
 import comfy.latent_formats
 import torch
 
@@ -22,19 +24,28 @@ def require_channels(spec: LatentSpec, shape: tuple[int, ...]) -> None:
         )
 
 
+def colour_previews(format: comfy.latent_formats.LatentFormat, preview: Sequence[float]) -> None:
+    """Give a format the colours of :attr:`LatentSpec.preview`; without any it keeps its own."""
+    if preview:
+        rows = [list(preview[i : i + 3]) for i in range(0, len(preview), 3)]
+        format.latent_rgb_factors, format.latent_rgb_factors_bias = rows[:-1], rows[-1]
+        format.taesd_decoder_name = None
+
+
 def latent_format(spec: LatentSpec) -> type[comfy.latent_formats.LatentFormat]:
     """A class, because ComfyUI's model configs instantiate theirs without arguments."""
 
     class DAVAELatentFormat(comfy.latent_formats.SD3):
-        """Channels [base, detail]; previews show the base channels, with SD3's colours."""
+        """Channels [base, detail]; previews show the base channels."""
 
         latent_channels = spec.channels
         spacial_downscale_ratio = spec.factor
 
         def __init__(self) -> None:
             super().__init__()
-            self.taesd_decoder_name = None
+            colour_previews(self, spec.preview)
             base = self.latent_rgb_factors[: spec.base_channels]  # type: ignore[has-type]
+            self.taesd_decoder_name = None
             self.latent_rgb_factors = base + [[0.0, 0.0, 0.0]] * (spec.channels - len(base))
 
         def process_in(self, latent: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The tiny SD3.5 and its text encoder as MODEL and CLIP."""
 
+import json
 from typing import Any
 
 import comfy.model_management
@@ -16,6 +17,7 @@ from ...davae_core.checkpoints import files
 from ...davae_core.errors import CheckpointError, DAVAEError
 from ...davae_core.text_encoder import TextEncoder
 from .folders import file_stamp
+from .latent_format import colour_previews
 
 _FILES = {"diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER}
 
@@ -32,8 +34,10 @@ def load_tiny() -> tuple[ModelPatcher, comfy.sd.CLIP]:
         CheckpointError: a file is missing or cannot be read.
     """
     model, text = (_find(kind, name) for kind, name in _FILES.items())
-    files.read_metadata(model)  # ComfyUI's own loader does not say which file is damaged
-    return comfy.sd.load_diffusion_model(model), _clip(checkpoints.load_text_encoder(text))
+    _, metadata = files.read_metadata(model)  # also because ComfyUI does not say which file is damaged
+    patcher = comfy.sd.load_diffusion_model(model)
+    colour_previews(patcher.model.latent_format, json.loads(metadata.get(tiny.PREVIEW, "[]")))
+    return patcher, _clip(checkpoints.load_text_encoder(text))
 
 
 def _find(kind: str, name: str) -> str:
@@ -41,7 +45,7 @@ def _find(kind: str, name: str) -> str:
     if path is None:
         raise CheckpointError(
             f"the tiny model's file {name} is missing: it is neither in {tiny.FOLDERS[kind]} nor in models/{kind}. "
-            "This version of the pack does not hold it yet; its README says how to make it"
+            "Install the pack again, or make the file anew as the README says"
         )
     return path
 

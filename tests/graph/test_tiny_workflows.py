@@ -116,6 +116,16 @@ def test_the_round_trip_gives_the_picture_back(comfy, prompts, results) -> None:
     assert 10 * np.log10(255**2 / ((before - after) ** 2).mean()) > 20
 
 
+@pytest.mark.skipif(not tiny_ships(), reason="the trained tiny models are not in this copy of the pack")
+@pytest.mark.parametrize("name", ["tiny_native", "tiny_davae"])
+def test_the_last_preview_has_the_colours_of_the_picture(comfy, prompts, results, name: str) -> None:
+    picture = Image.open(files(comfy, prompts[name], results[name])[SAVED[name][0]]).convert("RGB")
+    preview = results[name].previews[-1].convert("RGB")
+    small = picture.resize(preview.size, Image.Resampling.BOX)
+    difference = np.asarray(small, dtype=np.float64) - np.asarray(preview, dtype=np.float64)
+    assert np.abs(difference).mean() < 25  # of 255
+
+
 def test_the_base_model_is_sampled_as_the_adapter_recommends(comfy, prompts, recommended) -> None:
     native = prompts["tiny_native"]
     sampler = native[workflow.find(native, "KSampler")]["inputs"]

@@ -3,15 +3,21 @@
 python -m davae_core.training.tiny.install --size micro
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 
 from ... import checkpoints, tiny
 from ...checkpoints import files
+from ...davae import DAVAE
+from ...errors import DAVAEError
+from ...evaluation import images
+from ...preview import fit_preview
 from .. import script
 from . import recipes
 
@@ -39,9 +45,16 @@ def install(config: InstallConfig) -> list[Path]:
     stage = {name: recipes.folder(config.size, name) for name in ("base_dit", "autoencoder", "adapter")}
     state, _ = files.read(stage["base_dit"] / tiny.MODEL)
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
-    davae = checkpoints.load_autoencoder(stage["autoencoder"] / tiny.AUTOENCODER, torch.float16)
+    davae = checkpoints.load_autoencoder(stage["autoencoder"] / tiny.AUTOENCODER, torch.float32)
     adapter = checkpoints.load_adapter(stage["adapter"] / tiny.ADAPTER)
-    half = replace(adapter, state={name: tensor.half() for name, tensor in adapter.state.items()})
+    preview = preview_of(davae, recipes.folder(config.size, "data") / "train")
+    davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))
+    latent = replace(adapter.config.latent, preview=preview)
+    half = replace(
+        adapter,
+        config=replace(adapter.config, latent=latent),
+        state={name: tensor.half() for name, tensor in adapter.state.items()},
+    )
     told = adapter.config.recommended
     out = {kind: config.into / kind for kind in tiny.FOLDERS}
     paths = [
@@ -52,15 +65,31 @@ def install(config: InstallConfig) -> list[Path]:
     ]
     by = {"author": AUTHOR, "licence": LICENCE}
     about = {"modelspec.title": "Tiny SD3.5", "modelspec.author": AUTHOR, "modelspec.license": LICENCE}
+    about[tiny.PREVIEW] = json.dumps(preview)
     files.save(paths[0], {name: tensor.half() for name, tensor in state.items()}, about)
     checkpoints.save_text_encoder(paths[1], encoder.half(), title="Tiny text encoder", **by)
-    checkpoints.save_autoencoder(paths[2], davae, told, title="Tiny DA-VAE", **by)
+    checkpoints.save_autoencoder(paths[2], davae.half(), told, title="Tiny DA-VAE", **by)
     checkpoints.save_adapter(paths[3], half, title="Tiny DA-VAE adapter", **by)
     for path in paths:
         print(f"{path.stat().st_size / 2**20:6.2f} MiB  {path}")
     total = sum(path.stat().st_size for path in paths)
     print(f"{total / 2**20:6.2f} MiB  in all (limit {LIMIT / 2**20:.0f})")
     return paths
+
+
+@torch.no_grad()
+def preview_of(davae: DAVAE, folder: Path) -> tuple[float, ...]:
+    """The preview colours of the base channels, measured on every eighth image in ``folder``.
+
+    Raises:
+        DAVAEError: there are no images.
+    """
+    paths = sorted(folder.rglob("*.png"))[::8]
+    if not paths:
+        raise DAVAEError(f"{folder} holds no images; prepare the data: python -m davae_core.training.tiny.data")
+    x = torch.stack([images.read_image(path) for path in paths])
+    z = torch.cat([davae.encode_base(part) for part in x.split(16)])
+    return fit_preview((z - davae.latent.base_shift) * davae.latent.base_scale, F.adaptive_avg_pool2d(x, z.shape[-2:]))
 
 
 def main(args: list[str] | None = None) -> int:

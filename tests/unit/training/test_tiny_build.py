@@ -1,5 +1,6 @@
 """The tiny family's recipes, and what puts a finished family into the pack."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ def finished(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         link = recipes.folder("micro", stage)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(stages.folder(stage), target_is_directory=True)
+    data = recipes.folder("micro", "data")
+    data.mkdir()
+    (data / "train").symlink_to(stages.images, target_is_directory=True)
     return tmp_path
 
 
@@ -59,6 +63,8 @@ def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
     davae = checkpoints.load_autoencoder(paths[2])
     adapter = checkpoints.load_adapter(paths[3])
     assert davae.latent == adapter.config.latent
+    assert len(davae.latent.preview) == 51
+    assert json.loads(files.read_metadata(paths[0])[1][tiny.PREVIEW]) == list(davae.latent.preview)
     assert adapter.config.recommended.size == 32
     assert checkpoints.load_text_encoder(paths[1]).config.vocabulary
 
