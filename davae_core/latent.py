@@ -51,7 +51,9 @@ class LatentSpec:
             if len(values) != self.detail_channels:
                 raise DAVAEError(f"{name} must hold {self.detail_channels} numbers, got {len(values)}")
         if len(self.preview) not in (0, 3 * (self.base_channels + 1)):
-            raise DAVAEError(f"preview must hold {3 * (self.base_channels + 1)} numbers or none, got {len(self.preview)}")
+            raise DAVAEError(
+                f"preview must hold {3 * (self.base_channels + 1)} numbers or none, got {len(self.preview)}"
+            )
         factors = (self.base_scale, *self.detail_std)
         if not all(math.isfinite(value) for value in (self.base_shift, *self.detail_mean, *factors, *self.preview)):
             raise DAVAEError("base_shift, base_scale, detail_mean, detail_std and preview must be finite numbers")

@@ -89,7 +89,8 @@ def preview_of(davae: DAVAE, folder: Path) -> tuple[float, ...]:
         raise DAVAEError(f"{folder} holds no images; prepare the data: python -m davae_core.training.tiny.data")
     x = torch.stack([images.read_image(path) for path in paths])
     z = torch.cat([davae.encode_base(part) for part in x.split(16)])
-    return fit_preview((z - davae.latent.base_shift) * davae.latent.base_scale, F.adaptive_avg_pool2d(x, z.shape[-2:]))
+    colours = F.avg_pool2d(x, davae.latent.factor)
+    return fit_preview((z - davae.latent.base_shift) * davae.latent.base_scale, colours)
 
 
 def main(args: list[str] | None = None) -> int:
