@@ -157,8 +157,7 @@ class TinySD35(io.ComfyNode):
             category=CATEGORY,
             description="A very small model in the layout of SD3.5 to try the nodes with: it draws small pictures of "
             "things it knows by name, in four styles. Prompts are a style and a name, for example '3d peach' (styles: "
-            "3d, flat, noto, twitter). This version of the pack does not hold its weights yet: the README says how to "
-            "make them.",
+            "3d, flat, noto, twitter).",
             search_aliases=["DAVAE", "tiny", "demo"],
             inputs=[],
             outputs=[

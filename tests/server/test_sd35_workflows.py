@@ -1,0 +1,56 @@
+"""The workflows for SD3.5-medium in ComfyUI's own front end, with random weights under the names that they ask for.
+
+The files have the layout of the real ones, with few blocks. The pictures are noise: this is about loading and running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from harness import sd35, workflow
+from harness.browser import ComfyPage
+from harness.demo import FOLDER
+from harness.locate import ComfyUI
+from harness.scratch import make_base
+from harness.server import RealServer
+
+pytestmark = [pytest.mark.server, pytest.mark.browser]
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {
+    "sd35_1024": 1024,
+    "sd35_2048": 2048,
+    "sd35_2048_from_1024": 2048,
+    "sd35_2048_kernel": 2048,
+    "sd35_img2img": 300,
+    "sd35_inpaint": 300,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Iterator[RealServer]:
+    """A server whose text encoders are short, with all files of the workflows."""
+    root = tmp_path_factory.mktemp("sd35")
+    short = sd35.with_short_text_encoders(comfyui, root / "comfyui")
+    base = make_base(root / "base", ROOT)
+    sd35.write_files(base / "models")
+    Image.radial_gradient("L").resize((300, 200)).convert("RGBA").save(base / "input" / "example.png")
+    with RealServer(base, short) as running:
+        yield running
+
+
+def test_there_is_a_test_for_every_workflow() -> None:
+    assert {path.stem for path in FOLDER.glob("sd35_*.json")} == set(SIZES)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_workflow_loads_runs_and_gives_its_picture(
+    server: RealServer, browser_page: ComfyPage, name: str, run_workflow, tmp_path: Path
+) -> None:
+    content = workflow.read(FOLDER / f"{name}.json")
+    (picture,) = run_workflow(server, browser_page, content, tmp_path / f"{name}.png")
+    assert max(Image.open(picture).size) == SIZES[name]
