@@ -130,6 +130,21 @@ def with_values(prompt: Prompt, name: str, **inputs: object) -> Prompt:
     return prompt
 
 
+def pictures(prompt: Prompt, outputs: Mapping[str, Mapping[str, Any]], base: Path) -> dict[str, Path]:
+    """The files of the pictures that a run saved or previewed, by the titles of their nodes.
+
+    Args:
+        prompt: what was run.
+        outputs: of the run, by node id; see :class:`harness.result.Result`.
+        base: the base directory of the ComfyUI that ran it.
+    """
+    return {
+        prompt[node]["_meta"]["title"]: base / image["type"] / image["subfolder"] / image["filename"]
+        for node, output in outputs.items()
+        for image in output["images"]
+    }
+
+
 def _widgets(node: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Widget values by name."""
     values = node.get("widgets_values") or []

@@ -1,4 +1,4 @@
-"""The workflows of the tiny models, run as shipped: with the trained models where the pack holds them."""
+"""The workflows: those of the tiny models run as shipped, and the files of all."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ from harness.untrained import provide_tiny, tiny_ships
 
 SAVED = {
     "tiny_davae": ["With DA-VAE"],
+    "tiny_detail_strength": [f"Detail strength {value}" for value in ("0", "0.5", "1", "1.5")],
+    "tiny_from_base": ["Twice the size"],
+    "tiny_img2img": ["After"],
+    "tiny_inpaint": ["After"],
+    "tiny_kernel": ["Save Image"],
     "tiny_native": ["Base model alone"],
+    "tiny_reroll_detail": ["Before", "Other detail"],
     "tiny_roundtrip": ["Encoded and decoded again", "Its base, half the size"],
+    "tiny_swap_base": ["Before", "New base, old detail"],
 }
+ALL = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,7 @@ def recommended(base: Path) -> checkpoints.native.Recommended:
 @pytest.fixture(scope="module")
 def prompts(comfy: HeadlessComfy) -> dict[str, workflow.Prompt]:
     """All workflows as prompts."""
-    return {name: workflow.load(FOLDER / f"{name}.json", comfy.nodes) for name in WORKFLOWS}
+    return {name: workflow.load(FOLDER / f"{name}.json", comfy.nodes) for name in SAVED}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +53,7 @@ def results(comfy: HeadlessComfy, base: Path, prompts: dict[str, workflow.Prompt
 
 def files(comfy: HeadlessComfy, prompt: workflow.Prompt, result: Result) -> dict[str, Path]:
     """Saved and previewed pictures by the titles of their nodes."""
-    return {
-        prompt[node]["_meta"]["title"]: comfy.base / image["type"] / image["subfolder"] / image["filename"]
-        for node, output in result.outputs.items()
-        for image in output["images"]
-    }
+    return workflow.pictures(prompt, result.outputs, comfy.base)
 
 
 def boxes(content: dict) -> dict[str, tuple[float, float, float, float]]:
@@ -69,11 +73,11 @@ def apart(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_the_demo_runs_every_tiny_workflow_there_is() -> None:
-    assert {path.stem for path in FOLDER.glob("tiny_*.json")} == set(WORKFLOWS)
+def test_every_tiny_workflow_is_run() -> None:
+    assert {path.stem for path in FOLDER.glob("tiny_*.json")} == set(SAVED) > set(WORKFLOWS)
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", SAVED)
 def test_every_picture_of_the_workflow_is_saved(comfy, prompts, results, name: str) -> None:
     titles = [node["_meta"]["title"] for node in prompts[name].values() if node["class_type"] == "SaveImage"]
     assert titles == SAVED[name]
@@ -134,10 +138,11 @@ def test_the_base_model_is_sampled_as_the_adapter_recommends(comfy, prompts, rec
 
 
 def test_the_size_is_the_one_the_adapter_was_trained_for(comfy, prompts, recommended) -> None:
-    """When other tiny models take the place of these, change width and height in the three files."""
-    for name in ("tiny_davae", "tiny_roundtrip"):
-        sampler = prompts[name][workflow.find(prompts[name], "Adapted SD3.5 Sampler")]["inputs"]
-        assert {sampler["width"], sampler["height"]} == {recommended.size or sampler["width"]}, name
+    """When other tiny models take the place of these, change width and height in the files."""
+    for name, prompt in prompts.items():
+        for node in prompt.values():
+            if node["class_type"] in ("DAVAE_Sampler", "DAVAE_EmptyLatent"):
+                assert {node["inputs"]["width"], node["inputs"]["height"]} == {recommended.size}, name
 
 
 def test_the_files_that_are_asked_for_are_those_of_the_tiny_family(prompts) -> None:
@@ -147,7 +152,7 @@ def test_the_files_that_are_asked_for_are_those_of_the_tiny_family(prompts) -> N
         assert asked <= {tiny.AUTOENCODER, tiny.ADAPTER} and tiny.AUTOENCODER in asked, name
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", ALL)
 def test_the_graph_is_laid_out_for_a_reader(name: str) -> None:
     content = workflow.read(FOLDER / f"{name}.json")
     found = boxes(content)
@@ -169,7 +174,7 @@ def test_the_graph_is_laid_out_for_a_reader(name: str) -> None:
         assert nodes[origin]["pos"][0] <= nodes[target]["pos"][0], "a link runs from right to left"
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", ALL)
 def test_the_file_says_nothing_of_the_machine_it_was_made_on(name: str) -> None:
     content = workflow.read(FOLDER / f"{name}.json")
     assert "/" not in json.dumps(
@@ -178,8 +183,28 @@ def test_the_file_says_nothing_of_the_machine_it_was_made_on(name: str) -> None:
     assert content["version"] == 0.4
 
 
-@pytest.mark.skipif(not tiny_ships(), reason="the trained tiny models are not in this copy of the pack")
-@pytest.mark.parametrize("name", WORKFLOWS)
+# The first file of each kind of loader that a user has to bring, and where the file belongs.
+LOADERS = {"CheckpointLoaderSimple": "checkpoints", "TripleCLIPLoader": "text_encoders"}
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("sd35_")])
+def test_files_to_download_are_named_with_their_folder_and_address(name: str) -> None:
+    content = workflow.read(FOLDER / f"{name}.json")
+    loaders = [node for node in content["nodes"] if node["type"] in LOADERS]
+    assert {node["type"] for node in loaders} == set(LOADERS)
+    for node in loaders:
+        told = {model["name"]: model for model in node["properties"]["models"]}
+        assert list(told) == node["widgets_values"]
+        for file, model in told.items():
+            assert model["directory"] == LOADERS[node["type"]]
+            assert model["url"].startswith("https://huggingface.co/") and model["url"].endswith(file)
+    (note,) = [node for node in content["nodes"] if node["type"] == "MarkdownNote"]
+    asked = [value for node in content["nodes"] for value in node.get("widgets_values") or [] if isinstance(value, str)]
+    for file in {value for value in asked if value.endswith(".safetensors")}:
+        assert file.removesuffix(".safetensors") in note["widgets_values"][0], f"{file} is not in the note"
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_a_picture_of_the_workflow_is_beside_it(name: str) -> None:
     """Made by ``python -m harness.thumbnails``."""
     picture = Image.open(FOLDER / f"{name}.jpg")

@@ -1,0 +1,76 @@
+"""Makes the pictures of the help pages: what the workflows of the tiny models draw, side by side.
+
+    python -m harness.help_pictures
+
+Each goes beside the page that shows it, as nodes/web/docs/NODE.jpg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from . import workflow
+from .demo import FOLDER
+from .headless import HeadlessComfy
+from .locate import REPOSITORY, find_comfyui
+from .scratch import make_base
+from .sheet import contact_sheet
+
+DOCS = REPOSITORY / "nodes" / "web" / "docs"
+QUALITY = 85
+COLUMNS = 3
+PROMPTS = ("3d peach", "noto fox", "flat rocket", "twitter pizza", "3d castle", "noto guitar")
+
+# By node: workflows, and the titles of their nodes whose pictures are shown.
+SHOWN: dict[str, list[tuple[str, Sequence[str]]]] = {
+    "DAVAE_Adapter": [("tiny_native", ["Base model alone"]), ("tiny_davae", ["With DA-VAE"])],
+    "DAVAE_DetailDecode": [("tiny_detail_strength", [f"Detail strength {v}" for v in ("0", "0.5", "1", "1.5")])],
+    "DAVAE_DetailEncode": [("tiny_roundtrip", ["Before", "Encoded and decoded again"])],
+    "DAVAE_FromBaseLatent": [("tiny_from_base", ["The small picture", "Twice the size"])],
+    "DAVAE_RerollDetail": [("tiny_reroll_detail", ["Before", "Other detail"])],
+    "DAVAE_SwapBase": [("tiny_swap_base", ["Before", "New base, old detail"])],
+    "DAVAE_ToBaseLatent": [("tiny_roundtrip", ["Before", "Its base, half the size"])],
+}
+
+
+def run(comfy: HeadlessComfy, name: str, text: str | None = None) -> dict[str, Image.Image]:
+    """The pictures of a workflow by the titles of their nodes."""
+    prompt = workflow.load(FOLDER / f"{name}.json", comfy.nodes)
+    if text is not None:
+        prompt = workflow.with_values(prompt, "Prompt", text=text)
+    files = workflow.pictures(prompt, comfy.run(prompt).outputs, comfy.base)
+    return {title: Image.open(file).convert("RGB") for title, file in files.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the pictures."""
+    parser = argparse.ArgumentParser(prog="python -m harness.help_pictures", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=DOCS, help="the folder for the pictures (default: the help pages')")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="davae-help-") as folder:
+        comfy = HeadlessComfy(make_base(Path(folder), REPOSITORY), find_comfyui())
+        drawn = {name: run(comfy, name) for name in {name for parts in SHOWN.values() for name, _ in parts}}
+        rows = {
+            node: [(title, drawn[name][title]) for name, titles in parts for title in titles]
+            for node, parts in SHOWN.items()
+        }
+        rows["DAVAE_TinySD35"] = [(text, run(comfy, "tiny_native", text)["Base model alone"]) for text in PROMPTS]
+        rows["DAVAE_Sampler"] = [(text, run(comfy, "tiny_davae", text)["With DA-VAE"]) for text in PROMPTS]
+    for node, row in rows.items():
+        path = options.out / f"{node}.jpg"
+        columns = len(row) if len(row) <= COLUMNS + 1 else COLUMNS
+        sheet = contact_sheet([("", row[i : i + columns]) for i in range(0, len(row), columns)])
+        sheet.save(path, quality=QUALITY, optimize=True)
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
