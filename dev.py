@@ -12,6 +12,7 @@ Environment variables:
     COMFYUI_DIR     a ComfyUI of your own; default: a copy from the package registry
     COMFYUI_PYTHON  an interpreter that has everything ComfyUI needs; nothing is installed then
     CHROMIUM        the browser of the browser tests; default: the one in the PATH
+    DAVAE_NODES2    1: the browser tests draw nodes as "Nodes 2.0" (a newer ComfyUI of your own)
     DAVAE_CACHE     where fetched things are kept; default: .cache
 """
 

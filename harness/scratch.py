@@ -19,8 +19,8 @@ FOLDERS = ["custom_nodes", "input", "output", "temp", "user/default"]
 MODELS = ["checkpoints", "clip", "clip_vision", "configs", "controlnet", "diffusion_models", "embeddings", "loras"]
 MODELS += ["text_encoders", "unet", "upscale_models", "vae", "vae_approx"]
 
-# The template browser would cover the canvas at the first start.
-SETTINGS = {"Comfy.TutorialCompleted": True}
+# The template browser would cover the canvas at the first start. "Nodes 2.0" is how newer front ends draw nodes, if asked.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": os.environ.get("DAVAE_NODES2") == "1"}
 
 # What a copy (where no link is possible) leaves out.
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "output")
