@@ -28,6 +28,10 @@ CLIP_L, CLIP_G, T5 = "clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.saf
 DAVAE = "sd35_davae.safetensors"
 ADAPTERS = {f"sd35m_davae_{size}.safetensors": size for size in (1024, 2048)}
 
+# All of them, with their folders.
+FILES = [("checkpoints", CHECKPOINT), *(("text_encoders", name) for name in (CLIP_L, CLIP_G, T5))]
+FILES += [("vae", DAVAE), *(("loras", name) for name in ADAPTERS)]
+
 # Of ComfyUI's own configurations, what makes the text encoders small; widths stay as they are.
 SHORT = {
     "sd1_clip_config.json": {"num_hidden_layers": 2, "intermediate_size": 64},

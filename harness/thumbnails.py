@@ -2,13 +2,14 @@
 
     python -m harness.thumbnails
 
-ComfyUI's template browser shows these. Needs the trained tiny models and a Chromium.
+ComfyUI's template browser shows these. The workflows for SD3.5 are shown as they are before a run. Needs a Chromium.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,11 +18,11 @@ from PIL import Image
 
 from . import workflow
 from .browser import ComfyPage, open_comfy
-from .demo import FOLDER, WORKFLOWS
+from .demo import FOLDER
 from .locate import REPOSITORY, find_comfyui
 from .scratch import SETTINGS, make_base
+from .sd35 import FILES
 from .server import RealServer
-from .untrained import provide_tiny
 
 # Room for the page's own bars: left, top, right, bottom.
 MARGINS = (90, 220, 60, 110)
@@ -67,11 +68,18 @@ def picture(page: ComfyPage, content: dict, folder: Path) -> Image.Image:
     return cut.resize((WIDTH, round(cut.height * WIDTH / cut.width)), Image.Resampling.LANCZOS)
 
 
+def _example(server: RealServer, output: Path) -> Path:
+    """What Load Image nodes show: a picture that the tiny model draws."""
+    prompt = workflow.to_prompt(workflow.read(FOLDER / "tiny_davae.json"), server.object_info())
+    (image,) = server.queue(workflow.with_values(prompt, "Prompt", text="3d house")).saved_images()
+    return output / image["subfolder"] / image["filename"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write ``NAME.jpg`` beside each ``NAME.json``."""
     parser = argparse.ArgumentParser(prog="python -m harness.thumbnails", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder for the pictures (default: workflows)")
-    parser.add_argument("--untrained", action="store_true", help="go on without trained models, to see the layout")
+    parser.add_argument("names", nargs="*", help="workflows (default: all)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="davae-thumbnails-") as folder:
         path = Path(folder)
@@ -79,15 +87,17 @@ def main(argv: list[str] | None = None) -> int:
         settings.parent.mkdir(parents=True)
         settings.write_text(json.dumps({**SETTINGS, **BARE}), encoding="utf-8")
         base = make_base(path, REPOSITORY)
-        if not provide_tiny(base / "models") and not options.untrained:
-            parser.error("the trained tiny models are not in this copy of the pack: the pictures would show noise")
+        for kind, name in FILES:
+            (base / "models" / kind / name).touch()  # a file that is not there would be marked
         options.out.mkdir(parents=True, exist_ok=True)
         with RealServer(base, find_comfyui()) as server:
-            for name in WORKFLOWS:
+            shutil.copy(_example(server, base / "output"), base / "input" / "example.png")
+            for name in options.names or sorted((path.stem for path in FOLDER.glob("*.json")), reverse=True):
                 content = workflow.read(FOLDER / f"{name}.json")
                 with open_comfy(server, *window(content)) as page:
                     page.load_workflow(content)
-                    page.queue_and_wait(600)
+                    if name.startswith("tiny_"):
+                        page.queue_and_wait(600)
                     target = options.out / f"{name}.jpg"
                     picture(page, content, path).save(target, quality=QUALITY, optimize=True)
                     print(target, flush=True)
