@@ -29,17 +29,27 @@ def keep_base(model: ModelPatcher) -> ModelPatcher:
     base = require_adapted(model.model).davae_latent.base_channels
 
     def sample(
-        executor: Any, noise: Any, image: Any, sampler: Any, sigmas: Any, mask: Any = None, *rest: Any, **named: Any
-    ) -> Any:
-        """In place of the guider's ``outer_sample``; does what is needed where the graph undid the clone's function."""
+        executor: Any,
+        noise: torch.Tensor,
+        image: torch.Tensor,
+        sampler: Any,
+        sigmas: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *rest: Any,
+        **named: Any,
+    ) -> torch.Tensor:
+        """Around the guider's ``outer_sample``: what the function cannot see to."""
         if mask is None:
             raise DAVAEError(
                 "the MODEL is to sample detail only, but the LATENT has no noise mask, so all of it would be sampled. "
                 "Connect the LATENT output of Re-roll Detail to the sampler, beside its MODEL output"
             )
         options = executor.class_obj.model_options
-        options[MASK_FUNCTION] = detail_only(base, options.get(MASK_FUNCTION))
-        return executor(noise, image, sampler, sigmas, mask, *rest, **named)
+        options[MASK_FUNCTION] = detail_only(base, options.get(MASK_FUNCTION))  # may be another node's by now
+        out = executor(noise, image, sampler, sigmas, mask, *rest, **named)
+        if sigmas[-1] == 0:  # sampled to the end: no rounding, and no noise that some samplers leave
+            out[:, :base] = image[:, :base]
+        return out
 
     clone = model.clone()
     clone.set_model_denoise_mask_function(detail_only(base, model.model_options.get(MASK_FUNCTION)))
