@@ -61,7 +61,7 @@ def diffusers(prefix: str, down: str, up: str, joint: str = "."):
 
 
 def native(prefix: str, joint: str = ".", alpha: bool = False):
-    """A naming with the layer names of the SD3.5 file; ``alpha`` writes half the up factor and twice the rank as alpha."""
+    """A naming with the layer names of the SD3.5 file; ``alpha``: half the up factor, an alpha of twice the rank."""
 
     def write(changes: dict[str, Parts]) -> dict[str, torch.Tensor]:
         state = {}
