@@ -101,6 +101,18 @@ class LatentSpec:
         return mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
 
 
+def with_base(z: torch.Tensor, z_base: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
+    """``[B, C + D, h, w]`` with its base channels replaced by ``z_base``, ``[B, C, h, w]`` or ``[1, C, h, w]``."""
+    _, detail = spec.split(z)
+    expected = (spec.base_channels, *z.shape[2:])
+    if z_base.ndim != 4 or tuple(z_base.shape[1:]) != expected or z_base.shape[0] not in (1, z.shape[0]):
+        raise LatentError(
+            f"the base latent has shape {list(z_base.shape)}, but the base of a DA-VAE latent of shape {list(z.shape)} "
+            f"has {[z.shape[0], *expected]}, or a batch of 1: the ordinary latent of the image at 1/{spec.scale} size"
+        )
+    return torch.cat([z_base.expand(z.shape[0], -1, -1, -1), detail], dim=1)
+
+
 def with_zero_detail(z_base: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
     """An ordinary latent ``[B, C, h, w]`` as the base of an image s times the size: ``[B, C + D, h, w]``."""
     if z_base.ndim != 4 or z_base.shape[1] != spec.base_channels:

@@ -14,7 +14,13 @@ def pad_to_multiple(image: torch.Tensor, multiple: int, mode: str = "replicate")
         multiple: of pixels.
         mode: ``"replicate"`` repeats the outermost rows and columns, ``"constant"`` adds zeros.
     """
-    (top, bottom), (left, right) = (_both_sides(-side % multiple) for side in image.shape[1:3])
+    height, width = (round_up(side, multiple) for side in image.shape[1:3])
+    return pad_to(image, height, width, mode)
+
+
+def pad_to(image: torch.Tensor, height: int, width: int, mode: str = "replicate") -> torch.Tensor:
+    """``[B, H, W, c]`` continued equally on both sides to ``[B, height, width, c]``; modes as above."""
+    (top, bottom), (left, right) = (_both_sides(b - a) for a, b in zip(image.shape[1:3], (height, width), strict=True))
     if not any((top, bottom, left, right)):
         return image
     return F.pad(image.movedim(-1, 1), (left, right, top, bottom), mode=mode).movedim(1, -1)

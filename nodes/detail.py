@@ -36,23 +36,35 @@ def fit(image: torch.Tensor, spec: LatentSpec, rule: str, mode: str = "replicate
     return pad_to_multiple(image, size_multiple(spec), mode)
 
 
-def without_padding(image: torch.Tensor, size: tuple[int, int], multiple: int) -> torch.Tensor:
-    """Cut off what :func:`fit` padded an image of ``size`` (height, width) with, also where it was scaled up since."""
-    (height, width), padded = size, [round_up(side, multiple) for side in size]
-    scale = image.shape[1] / padded[0]
-    if scale < 1 or image.shape[1] * padded[1] != image.shape[2] * padded[0]:
-        return image  # cropped or stretched: where the padding is now cannot be told
-    return centre(image, round(height * scale), round(width * scale))
+def size_without_padding(now: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """What an image that is ``now`` (height, width) has without the padding that :func:`fit` gave it at ``size``, also
+    where it was scaled up since."""
+    padded = [round_up(side, multiple) for side in size]
+    scale = now[0] / padded[0]
+    if scale < 1 or now[0] * padded[1] != now[1] * padded[0]:
+        return now  # cropped or stretched: where the padding is now cannot be told
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def image_size(samples: Latent, spec: LatentSpec) -> tuple[int, int]:
+    """(height, width) of the image that Detail Decode makes of a LATENT."""
+    height, width = (side * spec.factor for side in samples["samples"].shape[2:])
+    return size_without_padding((height, width), samples.get(SIZE_KEY, (height, width)), size_multiple(spec))
 
 
 def fit_mask(mask: torch.Tensor, size: tuple[int, ...], spec: LatentSpec, rule: str) -> torch.Tensor:
     """A MASK ``[B, H, W]`` of an image of ``size`` as its latent's noise mask ``[B, 1, H', W']``, 0 in the padding."""
+    return fit(require_mask_of(size, mask)[..., None], spec, rule, "constant").movedim(-1, 1)
+
+
+def require_mask_of(size: tuple[int, ...], mask: torch.Tensor) -> torch.Tensor:
+    """The MASK as ``[B, H, W]``, or a LatentError if it is not of the image's size."""
     mask = mask.reshape(-1, *mask.shape[-2:])
     if tuple(mask.shape[1:]) != size:
         raise LatentError(
             f"the mask is {mask.shape[2]} x {mask.shape[1]} px, the image {size[1]} x {size[0]} px; make them equal"
         )
-    return fit(mask[..., None], spec, rule, "constant").movedim(-1, 1)
+    return mask
 
 
 def require_base_of(z_base: torch.Tensor, pixels: torch.Tensor, spec: LatentSpec) -> None:
@@ -166,9 +178,7 @@ class DetailDecode(io.ComfyNode):
         z, spec = samples["samples"], davae.latent
         require_davae_latent(z, spec)
         image = davae.decode(z, detail_strength)
-        if SIZE_KEY in samples:
-            image = without_padding(image, samples[SIZE_KEY], size_multiple(spec))
-        return io.NodeOutput(image)
+        return io.NodeOutput(centre(image, *image_size(samples, spec)))
 
 
 class EmptyLatent(io.ComfyNode):

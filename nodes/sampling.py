@@ -127,7 +127,7 @@ class AdaptedSampler(io.ComfyNode):
         if adapter_name != NO_ADAPTER:
             adapter = checkpoints.load_adapter(comfy_bridge.require_file("loras", adapter_name))
             model = comfy_bridge.apply_adapter(model, adapter, 1.0, adapter_name)
-        spec = comfy_bridge.latent_spec(model)
+        spec = comfy_bridge.latent_spec(model, ", or choose an adapter file in this node")
         if latent is None:
             latent = EmptyLatent.empty(width, height, 1, spec)
         settings = comfy_bridge.Settings(seed, steps, cfg, sampler_name, scheduler, shift, denoise)

@@ -4,6 +4,8 @@ from comfy.model_patcher import ModelPatcher
 
 from .autoencoder import AutoencoderHandle, load_autoencoder
 from .folders import check_file, file_names, file_stamp, register_folders, require_file
+from .latent_format import require_channels
+from .masking import keep_base
 from .merged import load_merged
 from .rebuild import apply_adapter
 from .sampling import SAMPLERS, SCHEDULERS, Settings, latent_spec, sample
@@ -21,12 +23,14 @@ __all__ = [
     "empty",
     "file_names",
     "file_stamp",
+    "keep_base",
     "latent_spec",
     "load_autoencoder",
     "load_merged",
     "load_tiny",
     "node_schema",
     "register_folders",
+    "require_channels",
     "require_file",
     "sample",
     "tiny_stamp",

@@ -108,11 +108,11 @@ def describe(model: Any) -> str:
     return f"a {type(model).__name__} model with {channels} latent channels"
 
 
-def require_adapted(model: Any) -> AdaptedSD3:
-    """The inner model of an adapted MODEL, or a DAVAEError that says what to do."""
+def require_adapted(model: Any, also: str = "") -> AdaptedSD3:
+    """The inner model of an adapted MODEL, or a DAVAEError that says what to do; ``also`` ends its last sentence."""
     if not isinstance(model, AdaptedSD3):
         raise DAVAEError(
             f"the MODEL is not adapted to DA-VAE latents: it is {describe(model)}. Put a DA-VAE Adapter node between "
-            "the model loader and this node, or choose an adapter file in this node"
+            f"the model loader and this node{also}"
         )
     return model

@@ -33,9 +33,9 @@ class Settings:
     denoise: float
 
 
-def latent_spec(model: ModelPatcher) -> LatentSpec:
-    """The latent an adapted MODEL works on; a DAVAEError for any other MODEL."""
-    return require_adapted(model.model).davae_latent
+def latent_spec(model: ModelPatcher, also: str = "") -> LatentSpec:
+    """The latent an adapted MODEL works on; a DAVAEError for any other MODEL, see :func:`require_adapted`."""
+    return require_adapted(model.model, also).davae_latent
 
 
 def sample(

@@ -1,6 +1,7 @@
 """Differences between the ComfyUI versions this pack runs on, 0.3.75 to 0.33.0."""
 
 import dataclasses
+import math
 from typing import Any
 
 import comfy.model_base
@@ -9,6 +10,8 @@ import comfy.model_patcher
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+
+from ...davae_core.errors import LatentError
 
 _SCHEMA_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
@@ -28,8 +31,16 @@ def intermediate_dtype() -> torch.dtype:
 
 
 def empty(*shape: int) -> torch.Tensor:
-    """Zeros on ComfyUI's device and in its dtype for what travels between nodes."""
-    return torch.zeros(shape, device=comfy.model_management.intermediate_device(), dtype=intermediate_dtype())
+    """Zeros on ComfyUI's device and in its dtype for what travels between nodes; a LatentError where memory ends."""
+    management, dtype = comfy.model_management, intermediate_dtype()
+    device = management.intermediate_device()
+    need, free = math.prod(shape) * management.dtype_size(dtype), management.get_free_memory(device)
+    if need > free:
+        raise LatentError(
+            f"an empty latent of shape {list(shape)} takes {need / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of "
+            "memory are free. Choose a smaller size or a smaller batch"
+        )
+    return torch.zeros(shape, device=device, dtype=dtype)
 
 
 def core_patcher(

@@ -9,6 +9,7 @@ import pytest
 IDS = {
     "DAVAE_Loader", "DAVAE_Adapter", "DAVAE_ModelLoader", "DAVAE_TinySD35", "DAVAE_DetailEncode", "DAVAE_DetailDecode",
     "DAVAE_EmptyLatent", "DAVAE_FromBaseLatent", "DAVAE_ToBaseLatent", "DAVAE_Sampler",
+    "DAVAE_RerollDetail", "DAVAE_SwapBase",
 }  # fmt: skip
 
 
@@ -63,7 +64,13 @@ def test_every_node_has_a_help_page_that_names_its_inputs(comfy):
         ("comfy.model_base.SD3", ["extra_conds", "get_dtype", "load_model_weights"]),
         ("comfy.supported_models.SD3", ["get_model", "set_inference_dtype", "supported_inference_dtypes"]),
         ("comfy.latent_formats.SD3", ["process_in", "process_out", "latent_channels"]),
-        ("comfy.model_patcher.ModelPatcher", ["clone", "model_state_dict", "add_patches"]),
+        (
+            "comfy.model_patcher.ModelPatcher",
+            [
+                "clone", "model_state_dict", "add_patches", "set_model_denoise_mask_function", "add_wrapper_with_key",
+            ],
+        ),
+        ("comfy.patcher_extension.WrappersMP", ["OUTER_SAMPLE", "APPLY_MODEL"]),
         ("comfy.model_patcher", ["get_key_weight"]),
         ("comfy.lora", ["load_lora", "model_lora_keys_unet"]),
         ("comfy.model_detection", ["detect_unet_config"]),

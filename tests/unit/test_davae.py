@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig, DownBlock, UpBlock
 from davae_core.errors import CheckpointError, DAVAEError, LatentError
-from davae_core.latent import LatentSpec, with_zero_detail
+from davae_core.latent import LatentSpec, with_base, with_zero_detail
 
 MakeDavae = Callable[..., DAVAE]
 Picture = Callable[..., torch.Tensor]
@@ -391,6 +391,22 @@ def test_an_ordinary_latent_becomes_one_with_zero_detail(davae: DAVAE) -> None:
     assert z[:, 16:].abs().max() == 0
     noisy = torch.cat([z[:, :16], torch.randn(2, 16, 2, 3)], dim=1).float()
     assert torch.equal(davae.decode(z.float()), davae.decode(noisy, 0.0))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_another_base_goes_under_the_same_detail(batch: int) -> None:
+    spec = LatentSpec(detail_channels=48, scale=4)
+    z, z_base = torch.randn(3, 64, 2, 5), torch.randn(batch, 16, 2, 5)
+    swapped = with_base(z, z_base, spec)
+    assert torch.equal(swapped[:, :16], z_base.expand(3, -1, -1, -1))
+    assert torch.equal(swapped[:, 16:], z[:, 16:])
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 2, 5), (3, 32, 2, 5), (3, 16, 2, 4), (3, 16, 2)])
+def test_a_base_of_another_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(LatentError, match=r"\[3, 16, 2, 5\], or a batch of 1: .* at 1/2 size") as error:
+        with_base(torch.zeros(3, 32, 2, 5), torch.zeros(shape), LatentSpec())
+    assert str(list(shape)) in str(error.value) and "[3, 32, 2, 5]" in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 2, 2), (16, 2, 2)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from davae_core.errors import LatentError
-from davae_core.sizes import centre, crop_to_multiple, pad_to_multiple, round_up
+from davae_core.sizes import centre, crop_to_multiple, pad_to, pad_to_multiple, round_up
 
 SIZES = [(5, 7), (8, 7), (5, 8), (1, 1), (9, 16)]
 
@@ -34,6 +34,14 @@ def test_padding_continues_the_image_equally_on_both_sides(height: int, width: i
 def test_the_centre_undoes_padding(height: int, width: int) -> None:
     image = torch.rand(2, height, width, 3)
     assert torch.equal(centre(pad_to_multiple(image, 8), height, width), image)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_the_centre_undoes_padding_to_a_given_size(height: int, width: int) -> None:
+    image = torch.rand(2, height, width, 3)
+    padded = pad_to(image, 20, 17, "constant")
+    assert padded.shape == (2, 20, 17, 3) and torch.isclose(padded.sum(), image.sum())
+    assert torch.equal(centre(padded, height, width), image)
 
 
 def test_an_image_that_fits_is_left_alone() -> None:
