@@ -1,10 +1,8 @@
-"""What ComfyUI is told about the nodes, and what the nodes rely on in ComfyUI."""
+"""What ComfyUI is told about the nodes, and attributes that the nodes set on its objects (see also test_contract)."""
 
 from __future__ import annotations
 
 import inspect
-
-import pytest
 
 IDS = {
     "DAVAE_Loader", "DAVAE_Adapter", "DAVAE_ModelLoader", "DAVAE_TinySD35", "DAVAE_DetailEncode", "DAVAE_DetailDecode",
@@ -54,50 +52,6 @@ def test_every_node_has_a_help_page_that_names_its_inputs(comfy):
         assert schema.display_name in text.splitlines()[0], name
         for entry in schema.inputs or []:
             assert f"`{entry.id}`" in text, f"{name}.md does not mention {entry.id}"
-
-
-@pytest.mark.parametrize(
-    ("path", "names"),
-    [
-        ("comfy.sd.VAE", ["encode_tiled_", "decode_tiled_", "throw_exception_if_invalid"]),
-        ("comfy.sd.CLIP", ["tokenize", "encode_from_tokens_scheduled", "load_model"]),
-        ("comfy.model_base.SD3", ["extra_conds", "get_dtype", "load_model_weights"]),
-        ("comfy.supported_models.SD3", ["get_model", "set_inference_dtype", "supported_inference_dtypes"]),
-        ("comfy.latent_formats.SD3", ["process_in", "process_out", "latent_channels"]),
-        (
-            "comfy.model_patcher.ModelPatcher",
-            [
-                "clone", "model_state_dict", "add_patches", "set_model_denoise_mask_function", "add_wrapper_with_key",
-            ],
-        ),
-        ("comfy.patcher_extension.WrappersMP", ["OUTER_SAMPLE", "APPLY_MODEL"]),
-        ("comfy.model_patcher", ["get_key_weight"]),
-        ("comfy.lora", ["load_lora", "model_lora_keys_unet"]),
-        ("comfy.model_detection", ["detect_unet_config"]),
-        (
-            "comfy.model_management",
-            [
-                "load_models_gpu", "get_free_memory", "intermediate_device", "vae_device", "vae_offload_device",
-                "vae_dtype", "dtype_size", "module_size", "soft_empty_cache", "unet_dtype", "unet_manual_cast",
-                "unet_offload_device", "get_torch_device", "is_device_cpu", "throw_exception_if_processing_interrupted",
-            ],
-        ),
-        ("comfy.sd1_clip", ["token_weights"]),
-        ("nodes", ["common_ksampler"]),
-        ("comfy_extras.nodes_model_advanced", ["ModelSamplingSD3"]),
-        ("folder_paths", ["add_model_folder_path", "get_full_path", "get_folder_paths", "get_filename_list"]),
-    ],
-)  # fmt: skip
-def test_comfyui_still_has_what_the_seam_uses(comfy, path, names):
-    import importlib
-
-    module, _, attribute = path.rpartition(".")
-    try:
-        owner = importlib.import_module(path)
-    except ModuleNotFoundError:
-        owner = getattr(importlib.import_module(module), attribute)
-    missing = [name for name in names if not hasattr(owner, name)]
-    assert not missing, f"{path} of ComfyUI {comfy.comfyui.version} has no {', '.join(missing)}"
 
 
 def test_a_stock_vae_object_still_has_the_attributes_that_are_replaced(comfy, run, toys):

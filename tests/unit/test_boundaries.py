@@ -1,10 +1,12 @@
-"""What davae_core may import: torch, and not ComfyUI, not pickle; and inference never imports training."""
+"""What modules may import: davae_core torch, and not ComfyUI, not pickle; nodes nothing that the package leaves out."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from harness import release
 
 COMFY = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}
 REPOSITORY = {"harness", "tests", "dev", "custom_nodes"}
@@ -61,10 +63,17 @@ def test_nothing_but_training_imports_training(sources: dict[str, ast.Module]) -
                 assert not name.startswith("davae_core.training"), f"{module} imports {name}"
 
 
-def test_nodes_do_not_import_training(root: Path) -> None:
-    for path in sorted((root / "nodes").rglob("*.py")):
-        for name in imports("pack.nodes.module", ast.parse(path.read_text(encoding="utf-8"))):
-            assert "training" not in name.split("."), f"{path.name} imports {name}"
+def test_nothing_in_the_registrys_package_imports_what_is_left_out_of_it(root: Path) -> None:
+    """Nodes import no training, among others: it is not there."""
+    paths = release.left_out(root)
+    out = {"pack." + path.removesuffix(".py").strip("/").replace("/", ".") for path in paths}
+    modules = [name for name in release.files(root) if name.endswith(".py")]
+    assert len(modules) > 20 and {"pack.davae_core.training", "pack.davae_core.evaluation", "pack.harness"} <= out
+    for module in modules:
+        dotted = ".".join(["pack", *Path(module).with_suffix("").parts])
+        for name in imports(dotted, ast.parse((root / module).read_text(encoding="utf-8"))):
+            assert not any(f"{name}.".startswith(f"{left}.") for left in out), f"{module} imports {name}"
+            assert name.split(".")[0] not in REPOSITORY | {"davae_core"}, f"{module} imports {name}, not relatively"
 
 
 def test_nothing_reads_pickles(sources: dict[str, ast.Module]) -> None:

@@ -69,7 +69,9 @@ def make_merged(model: MMDiT, adapter: Adapter) -> MergedModel:
 
 
 def make_text_encoder() -> TextEncoder:
-    return TextEncoder(TextEncoderConfig(("red", "blau", "круг"), length=6, context=20, pooled=12)).eval()
+    return TextEncoder(
+        TextEncoderConfig(("red", "blau", "\u043a\u0440\u0443\u0433"), length=6, context=20, pooled=12)
+    ).eval()
 
 
 @pytest.fixture
@@ -263,7 +265,7 @@ def test_every_kind_says_what_it_is(written: dict[str, Path]) -> None:
 
 
 def test_the_makers_words_are_kept(tmp_path: Path, adapter: Adapter) -> None:
-    title, author = 'Дизайн "2" \\ ü', "Someone\nelse"
+    title, author = '\u0414\u0438\u0437\u0430\u0439\u043d "2" \\ ü', "Someone\nelse"
     save_adapter(tmp_path / "a.safetensors", adapter, title=title, author=author, licence="CC0-1.0")
     _, info = files.read_metadata(tmp_path / "a.safetensors")
     assert (info["modelspec.title"], info["modelspec.author"], info["modelspec.license"]) == (title, author, "CC0-1.0")

@@ -359,7 +359,7 @@ print(steps + [batch["step"] for batch in batches] == list(range(40)))
 def test_every_setting_is_explained_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tyro.cli(DataConfig, args=["--help"])
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    shown = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     for said in (
         "000..012",
         "square root",

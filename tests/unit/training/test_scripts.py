@@ -142,7 +142,7 @@ def test_help_names_every_field_and_explains_it(
     with pytest.raises(SystemExit) as end:
         stages.main[stage](["micro", "--help"])
     assert end.value.code == 0
-    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    lines = [line.strip("\u2502 ") for line in capsys.readouterr().out.splitlines()]
     entries = re.split(r"\n(?=--)", "\n".join(lines))
     fields = config.flat(RECIPES[stage]["micro"][1])
     assert len(fields) > 25

@@ -69,7 +69,7 @@ CAPTIONS = {
     "null": ({"x.json": '{"caption": null}'}, ()),
     "none": ({}, ()),
     "empty": ({"x.txt": ""}, ()),
-    "beyond ascii, with a byte order mark": ({"x.txt": "\ufeffgrün 猫"}, ("grün 猫",)),
+    "beyond ascii, with a byte order mark": ({"x.txt": "\ufeffgrün \u732b"}, ("grün \u732b",)),
 }
 
 
