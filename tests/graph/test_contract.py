@@ -151,10 +151,10 @@ def look_up(path: str, model: Any) -> Any:
     for i, part in enumerate(parts[1:], 2):
         name = part.removesuffix("()")
         if name not in dir(found):
-            assert inspect.ismodule(found) and importlib.util.find_spec(".".join(parts[:i])), (
-                f"{'.'.join(parts[: i - 1])} has no {name}"
-            )
-            found = importlib.import_module(".".join(parts[:i]))
+            module = ".".join(parts[:i])
+            package = hasattr(found, "__path__")  # one whose module may not be imported yet
+            assert package and importlib.util.find_spec(module), f"{'.'.join(parts[: i - 1])} has no {name}"
+            found = importlib.import_module(module)
         else:
             found = getattr(found, name)
         found = found() if part.endswith("()") else found
