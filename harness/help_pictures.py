@@ -25,7 +25,7 @@ from .sheet import contact_sheet
 DOCS = REPOSITORY / "nodes" / "web" / "docs"
 QUALITY = 85
 COLUMNS = 3
-PROMPTS = ("3d peach", "noto fox", "flat rocket", "twitter pizza", "3d castle", "noto guitar")
+PROMPTS = ("3d peach", "noto fox", "twitter rocket", "twitter pizza", "flat castle", "noto guitar")
 
 # By node: workflows, and the titles of their nodes whose pictures are shown.
 SHOWN: dict[str, list[tuple[str, Sequence[str]]]] = {
