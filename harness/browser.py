@@ -26,6 +26,8 @@ ARGUMENTS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
 READY = "() => Boolean(window.app?.graph && window.app?.extensionManager)"
 
+NODE_IDS = "() => window.app.graph._nodes.map((node) => node.id).sort((a, b) => a - b)"
+
 # Resolves to {event, detail}: how the run ended, or "rejected" with the server's validation errors.
 QUEUE = """
 async (milliseconds) => {
@@ -64,8 +66,17 @@ class ComfyPage:
         page.wait_for_function(READY, timeout=90_000)
 
     def load_workflow(self, workflow: dict) -> None:
-        """Opens a workflow in the UI's format on the canvas."""
-        self.page.evaluate("async (workflow) => { await window.app.loadGraphData(workflow); }", workflow)
+        """Opens a workflow in the UI's format on the canvas.
+
+        Newer front ends open one of their own a moment after the page is ready; then ours is opened again.
+        """
+        wanted = sorted(node["id"] for node in workflow["nodes"])
+        for _ in range(10):
+            self.page.evaluate("async (workflow) => { await window.app.loadGraphData(workflow); }", workflow)
+            self.page.wait_for_timeout(250)
+            if self.page.evaluate(NODE_IDS) == wanted:
+                return
+        raise AssertionError("the front end does not keep the workflow open")
 
     def queue_and_wait(self, timeout: float = 120.0) -> None:
         """Presses Run and waits for the end of the run.

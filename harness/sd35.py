@@ -34,8 +34,8 @@ FILES += [("vae", DAVAE), *(("loras", name) for name in ADAPTERS)]
 
 # Of ComfyUI's own configurations, what makes the text encoders small; widths stay as they are.
 SHORT = {
-    "sd1_clip_config.json": {"num_hidden_layers": 2, "intermediate_size": 64},
-    "clip_config_bigg.json": {"num_hidden_layers": 2, "intermediate_size": 64},
+    "sd1_clip_config.json": {"num_hidden_layers": 3, "intermediate_size": 64},
+    "clip_config_bigg.json": {"num_hidden_layers": 3, "intermediate_size": 64},
     "text_encoders/t5_config_xxl.json": {"num_layers": 1, "num_heads": 1, "d_ff": 64},
 }
 CLIPS = {CLIP_L: 768, CLIP_G: 1280}  # their widths
@@ -45,7 +45,7 @@ USERS_OWN = ("models", "input", "output", "temp", "user", "custom_nodes", ".git"
 
 
 def with_short_text_encoders(comfyui: ComfyUI, into: Path) -> ComfyUI:
-    """A copy of a ComfyUI whose CLIP-L, CLIP-G and T5-XXL have one or two narrow layers; nothing else is changed."""
+    """A copy of a ComfyUI whose CLIP-L, CLIP-G and T5-XXL have one or three narrow layers; nothing else is changed."""
     users_own = {str(comfyui.root / name) for name in USERS_OWN}
     shutil.copytree(
         comfyui.root, into, ignore=lambda folder, names: [n for n in names if os.path.join(folder, n) in users_own]
@@ -81,7 +81,7 @@ def _checkpoint(family: Family) -> dict[str, torch.Tensor]:
 
 
 def _clip(width: int, words: int = 49408) -> dict[str, torch.Tensor]:
-    """A CLIP text model of two layers, in the names of transformers."""
+    """A CLIP text model of three layers, in the names of transformers."""
     top = "text_model."
     state = {
         f"{top}embeddings.token_embedding.weight": _random(words, width),
@@ -89,7 +89,7 @@ def _clip(width: int, words: int = 49408) -> dict[str, torch.Tensor]:
         "text_projection.weight": _random(width, width),
         **_layer_norm(f"{top}final_layer_norm", width),
     }
-    for layer in range(2):
+    for layer in range(3):
         prefix = f"{top}encoder.layers.{layer}."
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             state |= _linear(f"{prefix}self_attn.{part}", width, width)

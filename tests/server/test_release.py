@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from harness import release, workflow
-from harness.demo import WORKFLOWS
 from harness.locate import REPOSITORY, ComfyUI
 from harness.scratch import make_base
 from harness.server import RealServer
@@ -62,7 +61,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Ite
 def test_the_package_holds_what_nodes_need_and_nothing_else(installed: Installed) -> None:
     top = {path.name for path in installed.folder.iterdir() if path.name != "__pycache__"}
     assert top == {
-        "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "davae_core", "docs", "locales", "nodes",
+        "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "davae_core", "locales", "nodes",
         "pyproject.toml", "requirements.txt", "workflows",
     }  # fmt: skip
     assert not {"training", "evaluation"} & {path.name for path in (installed.folder / "davae_core").iterdir()}
@@ -87,8 +86,9 @@ def test_help_pages_translations_and_templates_are_served(installed: Installed) 
     assert {language: set(texts["nodeDefs"]) for language, texts in translations.items()} == {
         language: installed.nodes for language in ("en", "ja", "zh")
     }
-    assert set(server.get_json("/workflow_templates")[name]) == set(WORKFLOWS)
-    for path in sorted((REPOSITORY / "workflows").iterdir()):
+    workflows = sorted((REPOSITORY / "workflows").iterdir())
+    assert set(server.get_json("/workflow_templates")[name]) == {path.stem for path in workflows}
+    for path in workflows:
         assert server.get(f"/api/workflow_templates/{name}/{path.name}") == path.read_bytes(), path.name
 
 
