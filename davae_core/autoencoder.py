@@ -115,7 +115,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        # Contiguous, [B, 1, h*w, c]: else the attention takes memory for all pairs of pixels, 17 GB at 2048 px.
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None].contiguous() for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # [B, 1, h*w, c]
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)

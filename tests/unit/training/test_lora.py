@@ -72,7 +72,8 @@ def test_attaching_changes_no_prediction(make_mmdit: Callable[..., MMDiT]) -> No
     model = make_mmdit()
     before = predict(model)
     lora.attach(model, zero_adapter(model.config, LatentSpec(), 4, ALL))
-    assert torch.equal(predict(model), before)
+    # Not bit for bit: where a tensor lies in memory decides how some processors add up a product.
+    assert (predict(model) - before).abs().max() <= 1e-5
 
 
 def test_what_is_attached_comes_back_under_the_same_names(

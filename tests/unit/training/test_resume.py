@@ -82,7 +82,7 @@ def test_resume_in_an_empty_folder_begins(stages: Any, tmp_path: Path) -> None:
         ("--optimiser.lr 0.5", r"optimiser\.lr: was 0\.001, is 0\.5"),
         ("--run.batch 8", r"run\.batch: was 4, is 8"),
         ("--run.seed 1", r"run\.seed: was 0, is 1"),
-        ("--rank 8 --data.no-flip", r"data\.flip: was True, is False; rank: was 4, is 8"),
+        ("--rank 8 --data.flip", r"data\.flip: was False, is True; rank: was 4, is 8"),
     ],
 )
 def test_a_run_with_other_settings_is_not_a_resumed_run(stages: Any, begun: Path, more: str, named: str) -> None:
