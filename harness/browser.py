@@ -26,7 +26,7 @@ ARGUMENTS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
 READY = "() => Boolean(window.app?.graph && window.app?.extensionManager)"
 
-NODE_IDS = "() => window.app.graph._nodes.map((node) => node.id).sort((a, b) => a - b)"
+NODE_IDS = "() => window.app.graph._nodes.map((node) => Number(node.id)).sort((a, b) => a - b)"
 
 # Resolves to {event, detail}: how the run ended, or "rejected" with the server's validation errors.
 QUEUE = """
