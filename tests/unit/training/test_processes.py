@@ -107,7 +107,7 @@ def test_a_batch_in_parts_gives_the_losses_of_the_whole(stages: Any, tmp_path: P
     options = OPTIONS[stage].replace("--alignment.adaptive", "").split()
     for parts in (0, 2, 1):
         assert stages.run(stage, tmp_path / str(parts), STEPS, "--run.micro-batch", str(parts), *CALM, *options) == 0
-    # Attention rounds differently in batches of other sizes; AdamW's first steps make 2e-4 of it.
+    # With fused attention the autoencoder's losses differ by 2.3e-4; which operation rounds by batch was not traced.
     whole = stages.curves(tmp_path / "0")
     assert largest_difference(whole, stages.curves(tmp_path / "2")) < 1e-3
     assert largest_difference(whole, stages.curves(tmp_path / "1")) < 1e-3
