@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +64,12 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a save that was killed
-        leftover.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    # A folder, because safetensors too writes to a file of another name first, and leaves that when it is killed.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = aside / path.name
     try:
+        aside.mkdir()
         save_file(_separate(tensors), temporary, metadata={**metadata, HASH_KEY: _HASH_BLANK})
         _fill_in_hash(temporary)
         os.replace(temporary, path)
@@ -74,7 +78,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta
             f"{path} could not be written ({problem}); is there room, and may you write there?"
         ) from problem
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

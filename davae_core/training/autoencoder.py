@@ -17,6 +17,7 @@ from ..adapter import Recommended
 from ..alignment import alignment_loss
 from ..autoencoder import Autoencoder
 from ..davae import DAVAE, DAVAEConfig
+from ..errors import DAVAEError
 from ..latent import LatentSpec
 from . import base_autoencoder, script
 from .config import OptimiserConfig, RunConfig, from_command_line
@@ -49,6 +50,8 @@ class AutoencoderRecipe:
     run: RunConfig
     base: Path
     """File of the base VAE (SD3 layout)."""
+    start: Path | None = None
+    """DA-VAE file whose weights the run starts from, on the same base VAE; otherwise from the base VAE's own parts."""
     optimiser: OptimiserConfig = OptimiserConfig(weight_decay=1e-4)
     losses: ReconstructionConfig = ReconstructionConfig(l1=2.0)
     alignment: AlignmentConfig = AlignmentConfig()
@@ -135,6 +138,8 @@ class AutoencoderTask:
         base = base_autoencoder.load(recipe.base)
         self.model = on_base(base, recipe.detail_channels, recipe.scale, recipe.train_trunk)
         start_certain(self.model.detail_down.conv)
+        if recipe.start is not None:
+            start_from(self.model, recipe.start)
         if recipe.run.compile:
             self.model.decoder.compile()
         critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
@@ -185,6 +190,26 @@ def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bo
     model.base_encoder.requires_grad_(False)
     model.base_decoder.requires_grad_(False)
     return model
+
+
+def start_from(model: DAVAE, path: Path) -> None:
+    """Give ``model`` the weights of a trained DA-VAE; the base VAE's stay its own.
+
+    Raises:
+        CheckpointError: the file is no DA-VAE.
+        DAVAEError: it is a DA-VAE of another shape or on another base VAE.
+    """
+    trained = checkpoints.load_autoencoder(path, torch.float32)
+    own, new = model.state_dict(), trained.state_dict()
+    if trained.base_decoder is None:
+        new |= {name: tensor for name, tensor in own.items() if name.startswith("base_decoder.")}
+    if other := sorted(
+        n for n in own.keys() | new.keys() if n not in own or n not in new or own[n].shape != new[n].shape
+    ):
+        raise DAVAEError(f"{path.name} is a DA-VAE of another shape than this recipe makes; it differs in {other[0]}")
+    if any(not torch.allclose(own[n], new[n], atol=2e-3, rtol=2e-3) for n in own if n.startswith("base_encoder.")):
+        raise DAVAEError(f"{path.name} was made on another base VAE than this recipe's; give the one it was made on")
+    model.load_state_dict({n: own[n] if n.startswith("base_") else new[n] for n in own})
 
 
 def main(args: list[str] | None = None) -> int:

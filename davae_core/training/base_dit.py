@@ -121,8 +121,8 @@ class BaseDiTTask:
         torch.manual_seed(recipe.run.seed)
         config = TextEncoderConfig(vocabulary(captions), recipe.text_length, recipe.model.context, recipe.model.pooled)
         self.text = TextEncoder(config)
-        nn.init.normal_(self.text.token_embedding.weight, std=0.5)
-        nn.init.normal_(self.text.position_embedding, std=0.1)
+        nn.init.normal_(self.text.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text.position_embedding, std=0.02)
         self.model = fresh(recipe.model)
         if recipe.run.compile:
             self.model.compile()

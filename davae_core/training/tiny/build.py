@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, four trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, five trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -21,11 +21,13 @@ from .captions import load_captions
 
 Stage = Callable[[list[str]], int]
 
-TRAININGS: dict[str, tuple[Stage, str]] = {
-    "base_autoencoder": (base_autoencoder.main, base_autoencoder.FILE),
-    "base_dit": (base_dit.main, tiny.TEXT_ENCODER),
-    "autoencoder": (autoencoder.main, tiny.AUTOENCODER),
-    "adapter": (adapter.main, tiny.ADAPTER),
+# By folder: the script, what follows the size in the recipe's name, and the file that is written last.
+TRAININGS: dict[str, tuple[Stage, str, str]] = {
+    "base_autoencoder": (base_autoencoder.main, "", base_autoencoder.FILE),
+    "base_dit": (base_dit.main, "", tiny.TEXT_ENCODER),
+    "autoencoder": (autoencoder.main, "", tiny.AUTOENCODER),
+    "autoencoder_finish": (autoencoder.main, "-finish", tiny.AUTOENCODER),
+    "adapter": (adapter.main, "", tiny.ADAPTER),
 }
 
 
@@ -43,12 +45,12 @@ def build(config: BuildConfig) -> int:
     """Run what is not finished; returns the exit code of the first stage that does not finish."""
     images = recipes.folder(config.size, "data")
     data.prepare(data.DataConfig(out=images, size=recipes.SIZES[config.size]), load_captions(), data.ARCHIVES)
-    for name, (train, last_file) in TRAININGS.items():
+    for name, (train, suffix, last_file) in TRAININGS.items():
         if (recipes.folder(config.size, name) / last_file).is_file():
             print(f"{name}: finished before", flush=True)
             continue
         start = time.perf_counter()
-        code = train([config.size, "--run.resume"])
+        code = train([config.size + suffix, "--run.resume"])
         print(f"{name}: {'done' if code == loop.FINISHED else 'stopped'} after {clock(start)}", flush=True)
         if code != loop.FINISHED:
             return code

@@ -9,6 +9,7 @@ import torch
 from davae_core import checkpoints
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from davae_core.checkpoints import files
+from davae_core.errors import DAVAEError
 from davae_core.latent import BASE_NORMALISATION
 from davae_core.training import data, script, state
 from davae_core.training.autoencoder import gradient_ratio, on_base
@@ -182,3 +183,27 @@ def test_a_base_autoencoder_learns(stages: Any, tmp_path: Path) -> None:
     assert stages.run("base_autoencoder", tmp_path, 30) == 0
     losses = stages.curves(tmp_path)["autoencoder/l1"]
     assert losses[30] < 0.75 * losses[1]
+
+
+def test_a_run_can_start_from_a_trained_da_vae(stages: Any, tmp_path: Path) -> None:
+    assert (
+        stages.run("autoencoder", tmp_path, 1, "--start", str(stages.file("autoencoder")), "--optimiser.lr", "0") == 0
+    )
+    assert all(
+        torch.equal(tensor, stages.exported("autoencoder", stages.folder("autoencoder"))[name])
+        for name, tensor in stages.exported("autoencoder", tmp_path).items()
+    )
+
+
+def test_a_start_of_another_shape_is_refused(stages: Any, tmp_path: Path) -> None:
+    with pytest.raises(DAVAEError, match=r"davae_tiny_autoencoder\.safetensors is a DA-VAE of another shape"):
+        stages.run("autoencoder", tmp_path, 1, "--start", str(stages.file("autoencoder")), "--detail-channels", "32")
+
+
+def test_a_start_on_another_base_vae_is_refused(stages: Any, tmp_path: Path) -> None:
+    more = ["--run.seed", "7", "--optimiser.lr", "0.01"]
+    assert stages.run("base_autoencoder", tmp_path / "base", 1, *more) == 0
+    other = tmp_path / "base" / stages.exports["base_autoencoder"][0]
+    start = ["--start", str(stages.file("autoencoder")), "--base", str(other)]
+    with pytest.raises(DAVAEError, match="made on another base VAE"):
+        stages.run("autoencoder", tmp_path / "out", 1, *start)

@@ -16,12 +16,12 @@ from davae_core.training.tiny import build, install, recipes
 
 @pytest.fixture
 def finished(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder from which `output/tiny/micro` leads to four finished toy trainings."""
+    """A folder from which `output/tiny/micro` leads to finished toy trainings."""
     monkeypatch.chdir(tmp_path)
-    for stage in stages.names:
+    for stage in build.TRAININGS:
         link = recipes.folder("micro", stage)
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(stages.folder(stage), target_is_directory=True)
+        link.symlink_to(stages.folder(stage.removesuffix("_finish")), target_is_directory=True)
     data = recipes.folder("micro", "data")
     data.mkdir()
     (data / "train").symlink_to(stages.images, target_is_directory=True)
@@ -37,14 +37,12 @@ def test_both_models_of_a_family_work_on_the_same_number_of_tokens(size: str) ->
 
 @pytest.mark.parametrize("size", recipes.SIZES)
 def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
-    model, davae, adapter = (
-        recipes.base_dit_recipe(size),
-        recipes.autoencoder_recipe(size),
-        recipes.adapter_recipe(size),
-    )
-    left = {recipes.folder(size, stage) / file for stage, (_, file) in build.TRAININGS.items()}
+    davae, finish = recipes.autoencoder_recipe(size), recipes.finished_autoencoder_recipe(size)
+    model, adapter = recipes.base_dit_recipe(size), recipes.adapter_recipe(size)
+    left = {recipes.folder(size, stage) / file for stage, (*_, file) in build.TRAININGS.items()}
     left.add(recipes.folder(size, "base_dit") / tiny.MODEL)
-    assert {model.autoencoder, davae.base, adapter.model, adapter.text_encoder, adapter.autoencoder} < left
+    read = {model.autoencoder, davae.base, finish.base, finish.start}
+    assert read | {adapter.model, adapter.text_encoder, adapter.autoencoder} == left - {adapter.run.out / tiny.ADAPTER}
 
 
 def test_no_recipe_reads_a_held_out_image() -> None:
@@ -82,5 +80,5 @@ def test_building_a_finished_family_trains_nothing(
     asked = []
     monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == 4
+    assert capsys.readouterr().out.count("finished before") == 5
     assert [config.size for config in asked] == [128]
