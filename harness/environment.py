@@ -26,7 +26,8 @@ from .torch_build import TORCH, TORCH_COMPANIONS, fit_compiled_parts, torch_sour
 STAMP = "davae-environment"
 INCOMPLETE = "incomplete"
 
-TEST_PACKAGES = ["pytest", "playwright", "ruff", "mypy"]
+# diffusers and peft are what converted files are compared with.
+TEST_PACKAGES = ["pytest", "playwright", "ruff", "mypy", "diffusers", "peft"]
 
 # What training needs besides torch; and the perceptual distance, whose own requirements only its demonstrations need.
 TRAINING_PACKAGES = ["accelerate", "tyro", "tensorboard", "tqdm", "pillow", "resvg_py", "webdataset"]
