@@ -2,7 +2,7 @@
 
 Five packages of the npm registry, pinned and checked, become ``train/``, ``held_out/`` and ``other/``, each with one
 folder per style that holds ``NAME.png`` (RGB on white) and ``NAME.txt`` (its caption). The captions of ``train`` are
-what the tiny models learn; ``other`` is for the autoencoders alone, and ``held_out`` for measuring. ``manifest.json``
+what the tiny models must learn; ``other`` helps to learn it, and ``held_out`` is for measuring alone. ``manifest.json``
 is written last.
 """
 

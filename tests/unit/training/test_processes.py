@@ -107,10 +107,17 @@ def test_a_batch_in_parts_gives_the_losses_of_the_whole(stages: Any, tmp_path: P
     options = OPTIONS[stage].replace("--alignment.adaptive", "").split()
     for parts in (0, 2, 1):
         assert stages.run(stage, tmp_path / str(parts), STEPS, "--run.micro-batch", str(parts), *CALM, *options) == 0
-    # With fused attention the autoencoder's losses differ by 2.3e-4; which operation rounds by batch was not traced.
-    whole = stages.curves(tmp_path / "0")
-    assert largest_difference(whole, stages.curves(tmp_path / "2")) < 1e-3
-    assert largest_difference(whole, stages.curves(tmp_path / "1")) < 1e-3
+    # Behind the kinks of the critic's activations rounding picks the slope: 2.3e-4 of the gradient at its first step.
+    whole, *others = (split(stages.curves(tmp_path / parts)) for parts in "021")
+    for losses, gradients in others:
+        assert largest_difference(whole[0], losses) < 1e-4
+        assert largest_difference(whole[1], gradients) < 1e-3
+
+
+def split(curves: Curves) -> tuple[Curves, Curves]:
+    """Losses, and norms of gradients."""
+    gradients = {name: points for name, points in curves.items() if name.endswith("/gradient")}
+    return {name: points for name, points in curves.items() if name not in gradients}, gradients
 
 
 def test_losses_of_other_seeds_are_other_losses(stages: Any, tmp_path: Path) -> None:
