@@ -47,14 +47,14 @@ def base_autoencoder_recipe(size: str) -> base_autoencoder.BaseAutoencoderRecipe
 def base_dit_recipe(size: str) -> base_dit.BaseDiTRecipe:
     """The base model and its text encoder.
 
-    Four names in five are seen in every style, which is how a style comes to mean something apart from the names; the
-    300 names of the captions are seen three times as often, so that they are learned well.
+    The other names are seen in every style, which is how a style comes to mean something apart from the names; the
+    captions to be learned well are seen nine times as often.
     """
     return base_dit.BaseDiTRecipe(
         data=DataConfig(
-            _images(size, "train", "train", "train", "other"), size=SIZES[size] // 2, flip=False, workers=0, cache=True
+            _images(size, *["train"] * 9, "other"), size=SIZES[size] // 2, flip=False, workers=0, cache=True
         ),
-        run=RunConfig(folder(size, "base_dit"), steps=9000, batch=64),
+        run=RunConfig(folder(size, "base_dit"), steps=8000, batch=64),
         autoencoder=folder(size, "base_autoencoder") / base_autoencoder.FILE,
         optimiser=OptimiserConfig(lr=6e-4, schedule="cosine", ema=0.999, weight_decay=0.01),
         flow=FLOW,
