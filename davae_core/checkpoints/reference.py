@@ -133,8 +133,8 @@ def embed(w: Weights, x: torch.Tensor) -> torch.Tensor:
     rows, columns = tokens.shape[-2:]
     side = round(w["pos_embed.pos_embed"].shape[1] ** 0.5)
     top, left = (side - rows) // 2, (side - columns) // 2
-    grid = _get(w, "pos_embed.pos_embed").reshape(side, side, -1)[top : top + rows, left : left + columns]
-    return tokens.flatten(2).transpose(1, 2) + grid.reshape(1, rows * columns, -1)
+    grid = w["pos_embed.pos_embed"].reshape(side, side, -1)[top : top + rows, left : left + columns]
+    return tokens.flatten(2).transpose(1, 2) + grid.reshape(1, rows * columns, -1).float()
 
 
 def condition(w: Weights, t: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
@@ -190,3 +190,29 @@ def head(w: Weights, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """Tokens ``[B, T, hidden]`` to patches ``[B, T, patch^2 out]``, channels innermost."""
     scale, shift = _linear(w, "norm_out.linear", F.silu(c))[:, None].chunk(2, dim=-1)
     return _linear(w, "proj_out", _standardised(x) * (1 + scale) + shift)
+
+
+def image_of(patches: torch.Tensor, rows: int, columns: int, patch: int) -> torch.Tensor:
+    """Patches ``[B, rows * columns, patch^2 out]``, channels innermost, to ``[B, out, patch rows, patch columns]``."""
+    out = torch.zeros(patches.shape[0], patches.shape[-1] // patch**2, patch * rows, patch * columns)
+    channels = out.shape[1]
+    for y in range(patch):
+        for x in range(patch):
+            place = patches[..., (y * patch + x) * channels : (y * patch + x + 1) * channels]
+            out[:, :, y::patch, x::patch] = place.transpose(1, 2).reshape(-1, channels, rows, columns)
+    return out
+
+
+def transformer(
+    w: Weights, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor
+) -> torch.Tensor:
+    """The prediction ``[B, out, h, w]``; arguments as :meth:`davae_core.mmdit.MMDiT.forward`, whole patches only."""
+    patch = w["pos_embed.proj.weight"].shape[-1]
+    rows, columns = (side // patch for side in x.shape[-2:])
+    text: torch.Tensor | None = context_tokens(w, context)
+    tokens, c = embed(w, x), condition(w, t, pooled)
+    i = 0
+    while text is not None:
+        text, tokens = block(w, i, text, tokens, c)
+        i += 1
+    return image_of(head(w, tokens, c), rows, columns, patch)
