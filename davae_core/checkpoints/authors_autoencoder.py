@@ -2,7 +2,7 @@
 
 Source: github.com/caixin98/DA-VAE, ``sd3/modeling/modules/sd3_da_vae.py`` in mode "diff". Names:
 
-    vae.*                      AutoencoderKL in diffusers' names: detail trunk and joint decoder; its encoder.conv_out and
+    vae.*                      AutoencoderKL in diffusers' names: detail trunk and joint decoder; encoder.conv_out and
                                decoder.conv_in are not used
     dc_down.*, dc_up.*         down and up block
     original_vae_model.vae.*   the SD3 VAE as it was, which makes the base latent
@@ -131,8 +131,8 @@ def _latent(source: Tensors, base: int, width: int, factor: int, file: str) -> L
     scale, detail = math.isqrt(rows // width), channels - base
     if rows != width * scale**2 or 2 * detail != down * scale**2:
         raise CheckpointError(
-            f"{file}: dc_up has {channels} channels in and {rows} out, dc_down {down} out, which does not fit a base VAE "
-            f"of {base} channels and {width} features. Only the release's mode 'diff' is known, where the latent is "
+            f"{file}: dc_up has {channels} channels in and {rows} out, dc_down {down} out, which does not fit a base "
+            f"VAE of {base} channels and {width} features. Only the release's mode 'diff' is known, where the latent is "
             "[detail, base]"
         )
     try:

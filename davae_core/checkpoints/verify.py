@@ -58,7 +58,7 @@ def mmdit(native: Tensors, theirs: Tensors | None, file: str) -> float:
 
 
 def _streamed(model: MMDiT, native: Tensors) -> MMDiT:
-    """The model on the meta device, of which each part gets its weights in float32 when it runs, and loses them after."""
+    """The model on the meta device; each part gets its weights in float32 when it runs, and loses them after."""
     model.pos_embed = native["pos_embed"]
     parts = ["x_embedder", "t_embedder", "y_embedder", "context_embedder", "final_layer"]
     parts += [f"joint_blocks.{i}" for i in range(model.config.depth)]
