@@ -1,8 +1,8 @@
 """The diffusion model of the authors' SD3 release, read into an adapter.
 
-Source: github.com/caixin98/DA-VAE, ``sd3/omini/pipeline/sd3_transformer_wrapper_tokenizer.py`` (``augment_mode: branch``,
-``reverse: true``) and ``sd3/omini/train_sd3_davae/tokenizer_trainer.py``. A ``latest.pt`` holds, under
-``model_state_dict``:
+Source: github.com/caixin98/DA-VAE, ``sd3/omini/pipeline/sd3_transformer_wrapper_tokenizer.py`` (with
+``augment_mode: branch`` and ``reverse: true``) and ``sd3/omini/train_sd3_davae/tokenizer_trainer.py``. A ``latest.pt``
+holds, under ``model_state_dict``:
 
     tokenizer_patch_embed.proj.base_conv.*, extra_conv.*   P as trained on, and P'; their outputs are added
     tokenizer_patch_embed.pos_embed                        the pretrained model's positions
@@ -30,6 +30,7 @@ from .tensors import Tensors, in_memory
 
 _EMBED = re.compile(r"(?:.*\.)?(?:tokenizer_patch_embed|pos_embed)\.proj\.(base|extra)_conv\.(weight|bias)")
 _HEAD = re.compile(r"(?:.*\.)?(?:project_out|proj_out)\.(base|extra)_linear\.(weight|bias)")
+_OF_LORA = re.compile(r"\.(lora_[AB]\.weight|alpha)$")
 _POSITIONS = re.compile(r"(?:.*\.)?(?:tokenizer_patch_embed|pos_embed)\.pos_embed")
 _BRANCHES = tuple(
     f"{place}.{which}.{part}"
@@ -194,7 +195,11 @@ def _check_positions(positions: torch.Tensor | None, base: Tensors, file: str) -
     if positions is None:
         return
     ours = base["pos_embed"]
-    if positions.shape != ours.shape or not torch.allclose(positions.float(), ours.float(), atol=1e-2, rtol=1e-2):
+    same = positions.shape == ours.shape and all(
+        torch.allclose(theirs.float(), mine.float(), atol=1e-2, rtol=1e-2)  # one of them may be rounded to bfloat16
+        for theirs, mine in zip(positions[0].split(4096), ours[0].split(4096), strict=True)
+    )
+    if not same:
         raise CheckpointError(
             f"{file} was trained with other positions ({list(positions.shape)}) than the base model has "
             f"({list(ours.shape)}); give the base model that it was trained from with --base"
@@ -227,13 +232,14 @@ def _compare(
     ours = reference.image_of(F.linear(tokens, wide[f"{HEAD}weight"], wide[f"{HEAD}bias"]), 2, 3, patch)
     worst = max(worst, verify.same(f"the head of {file}", ours, torch.cat(pair, dim=1)))
 
-    stems = [name.removesuffix(".lora_A.weight") for name in adapter.state if name.endswith(".lora_A.weight")]
-    deltas = {(name, third): delta for name, third, delta in lora_deltas(adapter)}
-    for (weight, third), delta in deltas.items():
-        rows = base.meta[weight].shape if weight in base else None
-        if rows is None or (rows[0] // (1 if third is None else 3), rows[1]) != tuple(delta.shape):
-            raise CheckpointError(f"{file}: the LoRA does not fit {weight} of the base model ({rows})")
-    for stem, delta in zip(stems, deltas.values(), strict=True):
+    stems = list(dict.fromkeys(_OF_LORA.sub("", name) for name in adapter.lora_state()))
+    for stem, (weight, third, delta) in zip(stems, lora_deltas(adapter), strict=True):
+        rows = base.meta[weight].shape if weight in base else (0, 0)
+        if (rows[0] // (1 if third is None else 3), rows[1]) != tuple(delta.shape):
+            raise CheckpointError(
+                f"{file}: {stem} of the LoRA changes {list(delta.shape)} values, but {weight} of the base model is "
+                f"{list(rows)}; give the base model that it was trained from with --base"
+            )
         down, up = (adapter.state[f"{stem}.lora_{factor}.weight"].float() for factor in "AB")
         x = torch.randn(2, down.shape[1], generator=draw)
         scaled = (x @ down.T @ up.T) * (float(adapter.state[f"{stem}.alpha"]) / down.shape[0])

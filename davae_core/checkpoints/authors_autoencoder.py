@@ -132,8 +132,8 @@ def _latent(source: Tensors, base: int, width: int, factor: int, file: str) -> L
     if rows != width * scale**2 or 2 * detail != down * scale**2:
         raise CheckpointError(
             f"{file}: dc_up has {channels} channels in and {rows} out, dc_down {down} out, which does not fit a base "
-            f"VAE of {base} channels and {width} features. Only the release's mode 'diff' is known, where the latent is "
-            "[detail, base]"
+            f"VAE of {base} channels and {width} features. Only the release's mode 'diff' is known, where the latent "
+            "is [detail, base]"
         )
     try:
         return LatentSpec(base, detail, scale, factor)

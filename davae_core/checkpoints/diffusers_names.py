@@ -16,9 +16,6 @@ from ..latent import BASE_NORMALISATION
 from ..mmdit import HEAD_DIM, MMDiT, MMDiTConfig
 from .names import Rule
 
-TRANSFORMER_TELLS = "transformer_blocks.0.attn.add_q_proj.weight"  # a name that no other layout has
-VAE_TELLS = "encoder.down_blocks.0.resnets.0.conv1.weight"
-
 _MODEL = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",

@@ -133,7 +133,7 @@ def _known(module: str, name: str, file: str) -> str:
 
 
 def for_diffusers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An adapter's LoRA with alpha multiplied into the second factor: diffusers takes alpha = rank where none is told."""
+    """An adapter's LoRA with alpha multiplied into the second factor: diffusers reads no alpha, and takes the rank."""
     out = {}
     for name, tensor in state.items():
         if name.endswith(".lora_A.weight"):
