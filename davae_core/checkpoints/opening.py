@@ -100,8 +100,8 @@ def _pickled(path: Path) -> Opened:
     detected = detect(stored.meta)
     if not detected.kind.startswith("authors"):
         raise CheckpointError(
-            f"{path.name} is {detected.description}, pickled. Pickled files are read of the authors' release only; take "
-            "the model's .safetensors file"
+            f"{path.name} is {detected.description}, pickled. Pickled files are read of the authors' release only; "
+            "take the model's .safetensors file"
         )
     return Opened(path, detected, stored, {}, {}, content)
 
