@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ..adapter import EMBED, HEAD, PREFIX, WIDENED, Adapter, AdapterConfig, Recommended, lora_deltas, widen
 from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
-from . import files, lora, pickled, reference, verify
+from . import files, lora, reference, verify
 from .authors_autoencoder import read_statistics
 from .tensors import Tensors, in_memory
 
@@ -245,10 +245,3 @@ def _compare(
         scaled = (x @ down.T @ up.T) * (float(adapter.state[f"{stem}.alpha"]) / down.shape[0])
         worst = max(worst, verify.same(f"the LoRA {stem}", x @ delta.T, scaled))
     return worst
-
-
-def read_file(path: Path) -> tuple[dict[str, Any], int | None]:
-    """The content of a ``latest.pt`` and its step."""
-    content = pickled.read(path)
-    step = content.get("global_step")
-    return content, step if isinstance(step, int) else None

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter, Recommended, lora_deltas
-from ..autoencoder import AutoencoderConfig
+from ..autoencoder import AutoencoderConfig, DecoderTrunk
 from ..davae import DAVAE
 from ..errors import CheckpointError
 from ..latent import LatentSpec
@@ -29,6 +29,7 @@ from ..mmdit import MMDiTConfig
 from . import files, lora, metadata, reference, tensors, verify
 from .diffusers_names import transformer_json, transformer_rules, vae_json, vae_rules
 from .names import from_native
+from .opening import Part
 from .tensors import Tensors, in_memory
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -42,6 +43,13 @@ def transformer(folder: Path, native: Tensors, file: str) -> float:
     difference = verify.mmdit(native, theirs, file)
     _component(folder / "transformer", theirs, transformer_json(config))
     return difference
+
+
+def as_diffusers(part: Part) -> Tensors:
+    """The tensors of a plain VAE in diffusers' names, however they are stored."""
+    if part.theirs is not None:
+        return part.theirs
+    return from_native(part.native, vae_rules(AutoencoderConfig.from_state_dict(part.native.meta)))
 
 
 def vae(folder: Path, native: Tensors, file: str) -> float:
@@ -82,10 +90,12 @@ def autoencoder(folder: Path, model: DAVAE, file: str, base: Tensors | None = No
     detail = encoder | below("detail_trunk.", "encoder.") | decoder | below("decoder.", "decoder.")
     rules = vae_rules(model.config.base)
     theirs = from_native(in_memory(detail), rules)
+    with torch.device("meta"):
+        trunk = DecoderTrunk(model.config.base)
+    trunk.load_state_dict({name: tensor.float() for name, tensor in below("decoder.", "").items()}, assign=True)
     h = torch.randn(1, model.config.base.feature_channels, 2, 2, generator=torch.Generator().manual_seed(0))
-    decoded = model.decoder.trunk(h.to(next(iter(state.values())))).float()
-    if next(iter(state.values())).dtype == torch.float32:
-        difference = max(difference, verify.same(f"the image of {file}", decoded, reference.decode_features(theirs, h)))
+    shown = reference.decode_features(theirs, h)
+    difference = max(difference, verify.same(f"the image of {file}", trunk.trunk(h), shown))
     _component(folder / "detail_vae", theirs, vae_json(model.config.base))
     blocks = below("detail_down.", "dc_down.") | below("joint_up.", "dc_up.")
     files.save(folder / "davae_blocks.safetensors", blocks, {})
