@@ -74,8 +74,8 @@ def read(content: Mapping[str, Any], file: str, average: bool | None = None) -> 
         raise CheckpointError(f"{file}: model_state_dict is no state dict, expected tensors by name")
     if average and not isinstance(ema, dict):
         raise CheckpointError(f"{file} holds no running average (ema_state_dict); take --weights last")
-    take = isinstance(ema, dict) and average is not False
-    branches = _branches(model) | (_branches(ema) if take else {})
+    running: dict[str, Any] = ema if isinstance(ema, dict) and average is not False else {}
+    branches = _branches(model) | _branches(running)
     lacking = [name for name in _BRANCHES if name not in branches]
     if lacking:
         wide = "tokenizer_patch_embed.proj.weight" in model
@@ -85,8 +85,8 @@ def read(content: Mapping[str, Any], file: str, average: bool | None = None) -> 
             f"base_conv, extra_conv; project_out.base_linear, extra_linear): {why}"
         )
     positions = next((tensor for name, tensor in model.items() if _POSITIONS.fullmatch(name)), None)
-    averaged = {name: tensor for name, tensor in ema.items() if ".lora_" in name} if take and ema else {}
-    return Trained(branches, positions, in_memory(averaged) if averaged else None, take)
+    averaged = {name: tensor for name, tensor in running.items() if ".lora_" in name}
+    return Trained(branches, positions, in_memory(averaged) if averaged else None, bool(running))
 
 
 def _branches(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -99,14 +99,10 @@ def convert(source: Tensors, statistics: Path, file: str, base: Tensors | None =
     decoder = {
         name: own[name] for name in own if name.startswith("decoder.") and not name.startswith("decoder.conv_in")
     }
-    state |= _base_first(
-        decoder | source.below("dc_up.conv.").renamed(_joint_up()), latent, len(config.widths) - 1, file
-    )
-    state |= {
-        name.replace("dc_down.", "detail_down."): source[name] for name in source if name.startswith("dc_down.conv")
-    }
-    if "dc_down.shortcut_proj.weight" in source:
-        state["detail_down.shortcut.weight"] = source["dc_down.shortcut_proj.weight"]
+    up = {f"joint_up.conv.{part}": tensor for part, tensor in source.below("dc_up.conv.").items()}
+    state |= _base_first(decoder | up, latent, len(config.widths) - 1, file)
+    down = source.below("dc_down.")
+    state |= {f"detail_down.{name.replace('shortcut_proj', 'shortcut')}": down[name] for name in down}
     with torch.device("meta"):
         model = DAVAE(DAVAEConfig(config, latent, shared_trunk=shared, base_decoder=True))
     try:
@@ -115,10 +111,6 @@ def convert(source: Tensors, statistics: Path, file: str, base: Tensors | None =
         reason = " ".join(line.strip() for line in str(problem).splitlines()[1:3])
         raise CheckpointError(f"{file} does not hold the tensors of the release's autoencoder: {reason}") from problem
     return model.eval(), _compare(model, source, original, file)
-
-
-def _joint_up() -> dict[str, str]:
-    return {"joint_up.conv.weight": "weight", "joint_up.conv.bias": "bias"}
 
 
 def _latent(source: Tensors, base: int, width: int, factor: int, file: str) -> LatentSpec:

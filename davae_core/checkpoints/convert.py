@@ -2,15 +2,15 @@
 
     python -m davae_core.checkpoints.convert SRC DST
 
-SRC is a file or folder; what it is, is told from names and shapes. DST is a file where SRC holds one model, and a folder
-with one file for each where it holds several (diffusion_model, vae, clip_l, clip_g, t5xxl; --part takes one).
-Everything is run in both layouts on the same input before anything is written. With --to diffusers, DST becomes a folder
-that diffusers loads.
+SRC is a file or folder; what it is, is told from names and shapes. DST is a file where SRC holds one model, and a
+folder with one file for each where it holds several (diffusion_model, vae, clip_l, clip_g, t5xxl; --part takes one).
+Everything is run in both layouts on the same input before anything is written. With --to diffusers, DST becomes a
+folder that diffusers loads.
 """
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapter import Recommended
@@ -124,8 +124,8 @@ def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
     path = args.statistics or beside
     if not path.is_file():
         raise CheckpointError(
-            f"{path} is not there. The release normalises the detail channels by statistics that lie in a file of their "
-            "own; name it with --statistics, or if there was none, one with mean 0 and std 1 for each detail channel"
+            f"{path} is not there. The release normalises the detail channels by statistics that lie in a file of "
+            "their own; name it with --statistics, or if there was none, one with mean 0 and std 1 for each detail channel"
         )
     return path
 
@@ -230,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
         "--weights",
         choices=("auto", "average", "last"),
         default="auto",
-        help="of the authors' adapter: the running average (EMA) or the last step (default: the average if there is one)",
+        help="of the authors' adapter: the running average (EMA) or the last step (default: the average, if any)",
     )
     for name, kind, help_text in (
         ("size", int, "image side"),

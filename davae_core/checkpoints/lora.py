@@ -74,8 +74,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         CheckpointError: it cannot be read, or holds what an adapter cannot: DoRA, biases, other modules.
     """
     file = find(path)
+    told: Mapping[str, str] = {}
     if file.suffix in pickled.SUFFIXES:
-        source, told = pickled.tensors(pickled.read(file), file.name), {}
+        source = pickled.tensors(pickled.read(file), file.name)
     else:
         source, told = tensors.read(file)
     config = file.with_name("adapter_config.json")
