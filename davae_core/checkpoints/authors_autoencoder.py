@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..autoencoder import NORM_GROUPS
+from ..autoencoder import NORM_GROUPS, Autoencoder
 from ..davae import DAVAE, DAVAEConfig
 from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
@@ -90,6 +90,10 @@ def convert(source: Tensors, statistics: Path, file: str, base: Tensors | None =
 
     rules = vae_rules(config)
     ours, own = to_native(original, rules, file), to_native(trained, rules, file)
+    with torch.device("meta"):
+        plain = Autoencoder(config)
+    for tensors in (ours, own):
+        verify.check_layout(tensors, plain, file)
     state = {name.replace("encoder.", "base_encoder.", 1): ours[name] for name in ours if name.startswith("encoder.")}
     state |= {name.replace("decoder.", "base_decoder.", 1): ours[name] for name in ours if name.startswith("decoder.")}
     trunk = [name for name in own if name.startswith("encoder.") and not name.startswith("encoder.conv_out.")]
@@ -118,10 +122,11 @@ def _latent(source: Tensors, base: int, width: int, factor: int, file: str) -> L
     try:
         rows, channels, *_ = source.meta["dc_up.conv.weight"].shape
         down = source.meta["dc_down.conv.weight"].shape[0]
+        biases = [source.meta[f"dc_{name}.conv.bias"].shape[0] for name in ("up", "down")]
     except (KeyError, ValueError) as problem:
         raise CheckpointError(f"{file}: {problem} is not there or misshapen") from problem
     scale, detail = math.isqrt(rows // width), channels - base
-    if rows != width * scale**2 or 2 * detail != down * scale**2:
+    if rows != width * scale**2 or 2 * detail != down * scale**2 or biases != [rows, down]:
         raise CheckpointError(
             f"{file}: dc_up has {channels} channels in and {rows} out, dc_down {down} out, which does not fit a base "
             f"VAE of {base} channels and {width} features. Only the release's mode 'diff' is known, where the latent "

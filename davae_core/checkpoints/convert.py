@@ -125,7 +125,7 @@ def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
     if not path.is_file():
         raise CheckpointError(
             f"{path} is not there. The release normalises the detail channels by statistics that lie in a file of "
-            "their own; name it with --statistics, or if there was none, one with mean 0 and std 1 for each detail channel"
+            "their own; name it with --statistics, or if there was none, one with mean 0 and std 1 for each channel"
         )
     return path
 
