@@ -163,5 +163,5 @@ def write(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
                 if tensor.shape != tensors.meta[name].shape or tensor.dtype != tensors.meta[name].dtype:
                     raise CheckpointError(f"{path.name}: the tensor {name} was made otherwise than it was planned")
                 files.check_finite({name: tensor}, path.name)
-                out.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         files.fill_in_hash(temporary)
