@@ -13,6 +13,10 @@ FileKind = Literal[
     "vae",
     "sd3 model",
     "sd3 checkpoint",
+    "diffusers transformer",
+    "diffusers vae",
+    "authors autoencoder",
+    "authors adapter",
     "unet",
     "lora",
     "unknown",
@@ -49,6 +53,16 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
         return Detected("adapter", "a DA-VAE adapter")
     if {"token_embedding.weight", "position_embedding", "pool.weight"} <= names:
         return Detected("text_encoder", "the text encoder of the tiny model")
+    if {"dc_down.conv.weight", "dc_up.conv.weight"} <= names and any_starts("vae.encoder.down_blocks."):
+        return Detected("authors autoencoder", "the autoencoder of the authors' SD3 release")
+    if any_starts("tokenizer_patch_embed.") and any_starts("project_out."):
+        return Detected("authors adapter", "embedder and head of the authors' SD3 release")
+    if "transformer_blocks.0.attn.add_q_proj.weight" in names and "pos_embed.proj.weight" in names:
+        channels = shape("pos_embed.proj.weight")[1]
+        return Detected("diffusers transformer", f"diffusers' SD3 transformer with {channels} channels")
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in names and "decoder.conv_in.weight" in names:
+        channels = shape("decoder.conv_in.weight")[1]
+        return Detected("diffusers vae", f"diffusers' AutoencoderKL with {channels} latent channels (no detail branch)")
     for prefix in ("", *CHECKPOINT_PREFIXES):
         if f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" in names:
             channels = shape(f"{prefix}x_embedder.proj.weight")[1] if f"{prefix}x_embedder.proj.weight" in names else 0

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from ..errors import CheckpointError
 
 HASH_KEY = "modelspec.hash_sha256"
-_HASH_BLANK = "0x" + "0" * 64
+HASH_BLANK = "0x" + "0" * 64
 
 
 def read(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -25,17 +26,18 @@ def read(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, t
     Raises:
         CheckpointError: the file is missing, is not safetensors, or is cut off.
     """
-    with _opened(path, device) as file:
+    with opened(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes by tensor name and the metadata, from the header alone; raises as :func:`read` does."""
-    with _opened(path, "cpu") as file:
+    with opened(path, "cpu") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _opened(path: str | os.PathLike[str], device: str) -> safe_open:
+def opened(path: str | os.PathLike[str], device: str = "cpu") -> safe_open:
+    """A safetensors file to read tensor by tensor; raises as :func:`read` does."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is not a file")
@@ -61,6 +63,18 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta
     Raises:
         CheckpointError: it cannot be written.
     """
+    with writing(path) as temporary:
+        save_file(_separate(tensors), temporary, metadata={**metadata, HASH_KEY: HASH_BLANK})
+        fill_in_hash(temporary)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Where to write what becomes ``path`` when the block ends without an error, and is gone when it does not.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a save that was killed
@@ -70,8 +84,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta
     temporary = aside / path.name
     try:
         aside.mkdir()
-        save_file(_separate(tensors), temporary, metadata={**metadata, HASH_KEY: _HASH_BLANK})
-        _fill_in_hash(temporary)
+        yield temporary
         os.replace(temporary, path)
     except (SafetensorError, OSError) as problem:
         raise CheckpointError(
@@ -93,7 +106,7 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def _fill_in_hash(path: Path) -> None:
+def fill_in_hash(path: Path) -> None:
     """Hash the tensor data, put the hash where the blank one stands, and flush to disk."""
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -101,7 +114,7 @@ def _fill_in_hash(path: Path) -> None:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 24):
             digest.update(chunk)
-        filled = header.replace(json.dumps(_HASH_BLANK).encode(), json.dumps(f"0x{digest.hexdigest()}").encode(), 1)
+        filled = header.replace(json.dumps(HASH_BLANK).encode(), json.dumps(f"0x{digest.hexdigest()}").encode(), 1)
         file.seek(8)
         file.write(filled)
         file.flush()

@@ -11,7 +11,8 @@ from harness import release
 COMFY = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}
 REPOSITORY = {"harness", "tests", "dev", "custom_nodes"}
 PICKLE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-READS_WEIGHTS = {"davae_core.evaluation.perceptual"}  # of a published metric, which come as .pth and nothing else
+# A published metric, and the authors' release: both come pickled and not otherwise.
+READS_WEIGHTS = {"davae_core.evaluation.perceptual", "davae_core.checkpoints.pickled"}
 
 
 def loads_weights_only(call: ast.Call) -> bool:

@@ -1,0 +1,257 @@
+"""Read SD3 / SD3.5, its VAE, or the authors' release in any known layout, and write native files.
+
+    python -m davae_core.checkpoints.convert SRC DST
+
+SRC is a file or folder; what it is, is told from names and shapes. DST is a file where SRC holds one model, and a
+folder with one file for each where it holds several (diffusion_model, vae, clip_l, clip_g, t5xxl; --part takes one).
+Everything is run in both layouts on the same input before anything is written. With --to diffusers, DST becomes a
+folder that diffusers loads.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..adapter import Recommended
+from ..errors import CheckpointError
+from ..latent import BASE_NORMALISATION
+from ..mmdit import MMDiTConfig
+from . import authors_adapter, authors_autoencoder, command, export, files, lora, metadata, native, tensors, verify
+from .opening import Opened, Part, open_any
+
+
+def convert(args: argparse.Namespace) -> list[Path]:
+    """Do what the command line says; the files or folders that were written.
+
+    Raises:
+        DAVAEError: the source cannot be converted; nothing was written.
+    """
+    opened = open_any(args.src)
+    print(f"{args.src}: {opened.detected.description}")
+    for name, part in opened.parts.items():
+        print(f"  {name}: {part.native.parameters:,} parameters, {part.native.bytes / 1e9:.2f} GB")
+    if args.to == "diffusers":
+        return [_export(args, opened)]
+    if opened.detected.kind == "authors autoencoder":
+        return [_authors_autoencoder(args, opened)]
+    if opened.detected.kind == "authors adapter":
+        return [_authors_adapter(args, opened)]
+    if opened.detected.kind in ("autoencoder", "adapter", "text_encoder"):
+        raise CheckpointError(f"{args.src} is {opened.detected.description}, a native file already")
+    return _parts(args, opened)
+
+
+def _parts(args: argparse.Namespace, opened: Opened) -> list[Path]:
+    """Every model of the source, or the one that is asked for, as a file of its own."""
+    chosen = _chosen(args, opened)
+    if len(chosen) == 1 and args.dst.suffix == ".safetensors":
+        paths = {name: args.dst for name in chosen}
+    elif args.dst.suffix == ".safetensors":
+        raise CheckpointError(
+            f"{args.src} holds {', '.join(chosen)}, which do not go into one file; name a folder, or one with --part"
+        )
+    else:
+        paths = {name: args.dst / f"{name}.safetensors" for name in chosen}
+    told = {name: _metadata(args, opened, name, part) for name, part in chosen.items()}
+    for name, part in chosen.items():
+        files.check_finite(part.native, part.file)
+        _report(name, _verify(name, part))
+    for name, part in chosen.items():
+        tensors.write(paths[name], part.native, told[name])
+    return list(paths.values())
+
+
+def _chosen(args: argparse.Namespace, opened: Opened) -> dict[str, Part]:
+    if not opened.parts:
+        raise CheckpointError(f"{args.src} is {opened.detected.description}, which cannot be converted")
+    if args.part is None:
+        return dict(opened.parts)
+    if args.part not in opened.parts:
+        raise CheckpointError(f"{args.src} holds {', '.join(opened.parts)}, not {args.part}")
+    return {args.part: opened.parts[args.part]}
+
+
+def _verify(name: str, part: Part) -> float | None:
+    """The largest relative difference; None where the names alone change, and the model could be built and run."""
+    if name == "diffusion_model":
+        difference = verify.mmdit(part.native, part.theirs, part.file)
+    elif name == "vae":
+        difference = verify.autoencoder(part.native, part.theirs, part.file)
+    else:
+        return None
+    return difference if part.theirs is not None else None
+
+
+def _report(name: str, difference: float | None) -> None:
+    compared = (
+        "the same tensors under other names" if difference is None else f"differ by {difference:.1e} of the largest"
+    )
+    print(f"  {name}: {compared}")
+
+
+def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -> dict[str, str]:
+    """Metadata of a base model, or of a merged one where it speaks more channels than a base model does."""
+    plain = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": args.title or name, "format": "pt"}
+    if name != "diffusion_model":
+        return plain
+    if metadata.kind_of(opened.told):
+        return dict(opened.told)
+    channels = MMDiTConfig.from_state_dict(part.native.meta).in_channels
+    if channels in BASE_NORMALISATION:
+        return plain
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    beside = [place / export.LATENT for place in (folder, folder.parent) if (place / export.LATENT).is_file()]
+    if not beside:
+        raise CheckpointError(
+            f"{args.src} reads {channels} channels and does not tell what they are; put the {export.LATENT} beside it "
+            "that belongs to it, or convert base model and adapter and merge them"
+        )
+    try:
+        config = json.loads(beside[0].read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise CheckpointError(f"{beside[0]} is not readable ({problem})") from problem
+    latent, recommended = metadata.latent_of(config, beside[0].name)
+    if latent.channels != channels:
+        raise CheckpointError(f"{beside[0]} tells of {latent.channels} channels, the model reads {channels}")
+    title = args.title or "DA-VAE merged model"
+    config = metadata.latent_config(latent, recommended)
+    return metadata.build("model", config, title=title, author=args.author, licence=args.licence)
+
+
+def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
+    beside = opened.path.parent / authors_autoencoder.STATISTICS
+    path = args.statistics or beside
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is not there. The release normalises the detail channels by statistics that lie in a file of "
+            "their own; name it with --statistics, or if there was none, one with mean 0 and std 1 for each channel"
+        )
+    return path
+
+
+def _file(args: argparse.Namespace, name: str) -> Path:
+    return args.dst if args.dst.suffix == ".safetensors" else args.dst / f"{name}.safetensors"
+
+
+def _words(args: argparse.Namespace, default: str) -> dict[str, str]:
+    return {"title": args.title or default, "author": args.author, "licence": args.licence}
+
+
+def _authors_autoencoder(args: argparse.Namespace, opened: Opened) -> Path:
+    base = None
+    if args.base is not None:
+        part = open_any(args.base).parts.get("vae")
+        base = export.as_diffusers(part) if part else None
+        if base is None:
+            raise CheckpointError(f"{args.base} holds no VAE; name the SD3 VAE with --base")
+    model, difference = authors_autoencoder.convert(opened.stored, _statistics(args, opened), opened.path.name, base)
+    trunk = "shared with the base encoder" if model.config.shared_trunk else "its own"
+    print(f"  {model.latent.base_channels} base + {model.latent.detail_channels} detail channels, detail trunk {trunk}")
+    _report("autoencoder", difference)
+    path = _file(args, "autoencoder")
+    native.save_autoencoder(path, model, _recommended(args), **_words(args, "DA-VAE autoencoder"))
+    return path
+
+
+def _authors_adapter(args: argparse.Namespace, opened: Opened) -> Path:
+    if args.base is None:
+        raise CheckpointError(
+            f"{args.src} holds trained layers, and an adapter holds what changed; name the SD3.5 model that it was "
+            "trained from with --base"
+        )
+    base = open_any(args.base).parts.get("diffusion_model")
+    if base is None:
+        raise CheckpointError(f"{args.base} holds no SD3 / SD3.5 diffusion model; name one with --base")
+    name = opened.path.name
+    statistics = _statistics(args, opened)
+    average = {"auto": None, "average": True, "last": False}[args.weights]
+    trained = authors_adapter.read(opened.content, name, average)
+    print(f"  weights: {'the running average (EMA)' if trained.average else 'the last step'}")
+    loras = {}
+    if args.lora != "none":
+        step = opened.content.get("global_step")
+        place = Path(args.lora) if args.lora else authors_adapter.find_lora(opened.path, step)
+        loras = lora.read(place)
+        print(f"  LoRA: {place}, {len(loras) // 3} modules")
+        if trained.lora is not None:  # the folder's LoRA is that of the last step; its alphas hold for both
+            averaged = lora.renamed(trained.lora, lora.LoraScale(), name)
+            loras |= {key: tensor for key, tensor in averaged.items() if not key.endswith(".alpha")}
+    made, difference = authors_adapter.convert(trained, loras, base.native, statistics, name, _recommended(args))
+    _report("adapter", difference)
+    path = _file(args, "adapter")
+    native.save_adapter(path, made, **_words(args, "DA-VAE adapter"))
+    return path
+
+
+def _recommended(args: argparse.Namespace) -> Recommended:
+    return Recommended(args.size, args.shift, args.cfg, args.steps)
+
+
+def _export(args: argparse.Namespace, opened: Opened) -> Path:
+    """A folder for diffusers."""
+    kind, name = opened.detected.kind, opened.path.name
+    with command.writing_folder(args.dst) as folder:
+        if kind == "autoencoder":
+            part = open_any(args.base).parts.get("vae") if args.base is not None else None
+            difference = export.autoencoder(
+                folder, native.load_autoencoder(args.src), name, part.native if part else None
+            )
+            _report("autoencoder", difference)
+        elif kind == "adapter":
+            _report("adapter", export.adapter(folder, native.load_adapter(args.src), name))
+        else:
+            chosen = {key: part for key, part in _chosen(args, opened).items() if key in ("diffusion_model", "vae")}
+            for key, part in chosen.items():
+                write = export.transformer if key == "diffusion_model" else export.vae
+                _report(key, write(folder if key == "diffusion_model" else folder / "vae", part.native, name))
+            if metadata.kind_of(opened.told) == "model":
+                export.latent(folder, *metadata.latent_of(metadata.parse(opened.told, "model", name), name))
+    return args.dst
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m davae_core.checkpoints.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out.add_argument("src", type=Path, help="a file or folder")
+    out.add_argument("dst", type=Path, help="a .safetensors file, or a folder")
+    out.add_argument("--to", choices=("native", "diffusers"), default="native", help="(default: native)")
+    out.add_argument("--part", help="of a source with several models, the one to take")
+    out.add_argument("--base", type=Path, metavar="FILE", help="the base model or base VAE, where SRC needs one")
+    out.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="of the authors' autoencoder (default: beside SRC)"
+    )
+    out.add_argument("--lora", metavar="FOLDER", help="of the authors' adapter, or none (default: beside SRC)")
+    out.add_argument(
+        "--weights",
+        choices=("auto", "average", "last"),
+        default="auto",
+        help="of the authors' adapter: the running average (EMA) or the last step (default: the average, if any)",
+    )
+    for name, kind, help_text in (
+        ("size", int, "image side"),
+        ("shift", float, "time shift"),
+        ("cfg", float, "guidance scale"),
+        ("steps", int, "steps"),
+    ):
+        out.add_argument(f"--{name}", type=kind, default=kind(0), help=f"to recommend for sampling: {help_text}")
+    out.add_argument("--title", default="")
+    out.add_argument("--author", default="")
+    out.add_argument("--licence", default="")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Run from the command line; the files or folders that were written."""
+    written = convert(parser().parse_args(argv))
+    for path in written:
+        print(f"written: {path}")
+    return written
+
+
+if __name__ == "__main__":
+    command.run(main)

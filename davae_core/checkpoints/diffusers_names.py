@@ -1,0 +1,192 @@
+"""The names of diffusers' ``SD3Transformer2DModel`` and ``AutoencoderKL``, and the ``config.json`` beside them.
+
+Source: the state dicts of those two classes (diffusers 0.35 to 0.42).
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..autoencoder import NORM_GROUPS, Autoencoder, AutoencoderConfig
+from ..errors import CheckpointError
+from ..latent import BASE_NORMALISATION
+from ..mmdit import HEAD_DIM, MMDiT, MMDiTConfig
+from .names import Rule
+
+_MODEL = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "final_layer.linear": "proj_out",
+}
+_BLOCK: dict[str, tuple[str, ...]] = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn.proj": ("attn.to_out.0",),
+    "x_block.attn.ln_q": ("attn.norm_q",),
+    "x_block.attn.ln_k": ("attn.norm_k",),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block.attn2.proj": ("attn2.to_out.0",),
+    "x_block.attn2.ln_q": ("attn2.norm_q",),
+    "x_block.attn2.ln_k": ("attn2.norm_k",),
+    "x_block.adaLN_modulation.1": ("norm1.linear",),
+    "x_block.mlp.fc1": ("ff.net.0.proj",),
+    "x_block.mlp.fc2": ("ff.net.2",),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block.attn.proj": ("attn.to_add_out",),
+    "context_block.attn.ln_q": ("attn.norm_added_q",),
+    "context_block.attn.ln_k": ("attn.norm_added_k",),
+    "context_block.adaLN_modulation.1": ("norm1_context.linear",),
+    "context_block.mlp.fc1": ("ff_context.net.0.proj",),
+    "context_block.mlp.fc2": ("ff_context.net.2",),
+}
+
+
+def transformer_config(theirs: Mapping[str, torch.Tensor]) -> MMDiTConfig:
+    """The configuration of an ``SD3Transformer2DModel``, off its shapes.
+
+    Raises:
+        CheckpointError: the names are not those of that class.
+    """
+    blocks = {int(name.split(".")[1]) for name in theirs if name.startswith("transformer_blocks.")}
+    try:
+        hidden, channels, patch, _ = theirs["pos_embed.proj.weight"].shape
+        return MMDiTConfig(
+            hidden=hidden,
+            depth=len(blocks),
+            in_channels=channels,
+            out_channels=theirs["proj_out.weight"].shape[0] // patch**2,
+            patch=patch,
+            grid=math.isqrt(theirs["pos_embed.pos_embed"].shape[1]),
+            context=theirs["context_embedder.weight"].shape[1],
+            pooled=theirs["time_text_embed.text_embedder.linear_1.weight"].shape[1],
+            dual_attention=tuple(i for i in sorted(blocks) if f"transformer_blocks.{i}.attn2.to_q.weight" in theirs),
+            qk_norm="transformer_blocks.0.attn.norm_q.weight" in theirs,
+        )
+    except (KeyError, ValueError) as problem:
+        raise CheckpointError(f"not diffusers' SD3 transformer: {problem} is not there or misshapen") from problem
+
+
+def transformer_rules(config: MMDiTConfig) -> list[Rule]:
+    """A rule for every tensor of the MMDiT.
+
+    diffusers puts scale before shift in the last layer and in the last block's text stream; SD3's files shift first.
+    """
+    with torch.device("meta"):
+        names = list(MMDiT(config).state_dict())
+    return [_transformer_rule(name, config.depth - 1) for name in names]
+
+
+def _transformer_rule(name: str, last: int) -> Rule:
+    if name == "pos_embed":
+        return Rule(name, ("pos_embed.pos_embed",))
+    module, _, part = name.rpartition(".")
+    swapped = module in ("final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1")
+    if module in _MODEL:
+        return Rule(name, (f"{_MODEL[module]}.{part}",), swapped)
+    _, block, inner = module.split(".", 2)
+    return Rule(name, tuple(f"transformer_blocks.{block}.{theirs}.{part}" for theirs in _BLOCK[inner]), swapped)
+
+
+def transformer_json(config: MMDiTConfig) -> dict[str, Any]:
+    """What ``SD3Transformer2DModel.from_pretrained`` reads."""
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        "attention_head_dim": HEAD_DIM,
+        "caption_projection_dim": config.hidden,
+        "dual_attention_layers": list(config.dual_attention),
+        "in_channels": config.in_channels,
+        "joint_attention_dim": config.context,
+        "num_attention_heads": config.heads,
+        "num_layers": config.depth,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch,
+        "pooled_projection_dim": config.pooled,
+        "pos_embed_max_size": config.grid,
+        "qk_norm": "rms_norm" if config.qk_norm else None,
+        "sample_size": 128,
+    }
+
+
+def vae_config(theirs: Mapping[str, torch.Tensor]) -> AutoencoderConfig:
+    """The configuration of an ``AutoencoderKL``, off its shapes.
+
+    Raises:
+        CheckpointError: the names are not those of that class.
+    """
+    levels = _count(theirs, r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
+    try:
+        return AutoencoderConfig(
+            widths=tuple(theirs[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)),
+            blocks=_count(theirs, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight"),
+            latent_channels=theirs["encoder.conv_out.weight"].shape[0] // 2,
+            image_channels=theirs["encoder.conv_in.weight"].shape[1],
+        )
+    except KeyError as missing:
+        raise CheckpointError(f"not diffusers' AutoencoderKL: the tensor {missing} is not there") from missing
+
+
+def _count(theirs: Iterable[str], pattern: str) -> int:
+    return len({match.group(1) for name in theirs if (match := re.fullmatch(pattern, name))})
+
+
+def vae_rules(config: AutoencoderConfig) -> list[Rule]:
+    """A rule for every tensor of the autoencoder, names as in the SD3 VAE file."""
+    with torch.device("meta"):
+        names = list(Autoencoder(config).state_dict())
+    return [_vae_rule(name, len(config.widths)) for name in names]
+
+
+_VAE = (
+    (r"^(en|de)coder\.norm_out\.", r"\1coder.conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.down\.(\d+)\.block\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.(\d+)\.", r".up_blocks.\1.resnets.\2."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+)
+
+
+def _vae_rule(name: str, levels: int) -> Rule:
+    theirs = name
+    for pattern, replacement in _VAE:
+        theirs = re.sub(pattern, replacement, theirs)
+    # The file numbers the decoder's levels by resolution, diffusers by the order in which they run.
+    theirs = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", theirs)
+    linear = re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
+    return Rule(name, (theirs,), linear=linear)
+
+
+def vae_json(config: AutoencoderConfig) -> dict[str, Any]:
+    """What ``AutoencoderKL.from_pretrained`` reads."""
+    shift, scale = BASE_NORMALISATION.get(config.latent_channels, (0.0, 1.0))
+    levels = len(config.widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(config.widths),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "force_upcast": True,
+        "in_channels": config.image_channels,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.blocks,
+        "norm_num_groups": NORM_GROUPS,
+        "out_channels": config.image_channels,
+        "sample_size": 1024,
+        "scaling_factor": scale,
+        "shift_factor": shift,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }

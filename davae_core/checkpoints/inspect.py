@@ -1,0 +1,128 @@
+"""Say what a file or folder is: ``python -m davae_core.checkpoints.inspect FILE``. Only headers are read.
+
+Kind, configuration, dtypes, sizes and metadata of anything that ``convert`` reads, and of native files; ``--json`` for
+programs.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..adapter import AdapterConfig
+from ..autoencoder import AutoencoderConfig
+from ..davae import DAVAEConfig
+from ..errors import DAVAEError
+from ..mmdit import MMDiTConfig
+from . import command
+from .opening import Opened, open_any
+from .tensors import Tensors
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What there is to say, as JSON values.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    opened = open_any(path)
+    return {
+        "path": str(path),
+        "kind": opened.detected.kind,
+        "description": opened.detected.description,
+        **_sizes(opened.stored),
+        "config": _config(opened),
+        "parts": {
+            name: {**_sizes(part.native), "config": _part_config(name, part.native)}
+            for name, part in opened.parts.items()
+        },
+        "metadata": {name: _value(text) for name, text in sorted(opened.told.items())},
+    }
+
+
+def _sizes(tensors: Tensors) -> dict[str, Any]:
+    return {
+        "tensors": len(tensors),
+        "parameters": tensors.parameters,
+        "bytes": tensors.bytes,
+        "dtypes": [str(dtype).removeprefix("torch.") for dtype in tensors.dtypes],
+    }
+
+
+def _config(opened: Opened) -> dict[str, Any] | None:
+    """The configuration of a native file, off its shapes."""
+    kind, meta = opened.detected.kind, opened.stored.meta
+    try:
+        if kind == "autoencoder":
+            return asdict(DAVAEConfig.from_state_dict(meta))
+        if kind == "adapter":
+            return asdict(AdapterConfig.from_state_dict(meta))
+    except DAVAEError as problem:
+        return {"problem": str(problem)}
+    return None
+
+
+def _part_config(name: str, native: Tensors) -> dict[str, Any] | None:
+    try:
+        if name == "diffusion_model":
+            return asdict(MMDiTConfig.from_state_dict(native.meta))
+        if name == "vae":
+            return asdict(AutoencoderConfig.from_state_dict(native.meta))
+    except DAVAEError as problem:
+        return {"problem": str(problem)}
+    return None
+
+
+def _value(text: str) -> Any:
+    """A metadata entry, read where it is JSON."""
+    try:
+        return json.loads(text) if text[:1] in "{[" else text
+    except ValueError:
+        return text
+
+
+def text(told: dict[str, Any]) -> str:
+    """The same for people."""
+    lines = [f"{told['path']}: {told['description']}", f"  kind: {told['kind']}", f"  {_size_line(told)}"]
+    lines += _config_lines(told["config"], "  ")
+    for name, part in told["parts"].items():
+        lines += [f"  {name}", f"    {_size_line(part)}", *_config_lines(part["config"], "    ")]
+    for name, value in told["metadata"].items():
+        lines.append(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
+    return "\n".join(lines)
+
+
+def _size_line(told: dict[str, Any]) -> str:
+    size = told["bytes"] / 1e9
+    shown = f"{size:.2f} GB" if size >= 0.1 else f"{told['bytes'] / 1e6:.2f} MB"
+    return f"{told['tensors']} tensors, {told['parameters']:,} parameters, {shown}, {', '.join(told['dtypes'])}"
+
+
+def _config_lines(config: dict[str, Any] | None, indent: str) -> list[str]:
+    return [f"{indent}{name}: {json.dumps(value)}" for name, value in (config or {}).items()]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m davae_core.checkpoints.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out.add_argument("path", type=Path, help="a file or folder")
+    out.add_argument("--json", action="store_true", help="print JSON")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run from the command line; what was said."""
+    args = parser().parse_args(argv)
+    told = describe(args.path)
+    print(json.dumps(told, indent=2) if args.json else text(told))
+    return told
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,109 @@
+"""Make one model out of a base model and an adapter, tensor by tensor: ``python -m davae_core.checkpoints.merge``.
+
+The base may lie in any layout that :mod:`.opening` reads. Memory is needed for the adapter and one tensor of the base.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..adapter import LORA_MODULES, WIDENED, Adapter, lora_deltas, widen
+from ..errors import CheckpointError, DAVAEError
+from . import command, metadata, native, tensors
+from .opening import open_any
+from .tensors import Tensors
+
+_LORA = re.compile(r"transformer\.transformer_blocks\.(\d+)\.(.+)\.(?:lora_[AB]\.weight|alpha)")
+
+
+def merged(base: Tensors, adapter: Adapter, strength: float = 1.0) -> Tensors:
+    """As :func:`davae_core.adapter.merge`, with each tensor made when it is asked for.
+
+    Args:
+        base: the pretrained diffusion model in native names.
+        adapter: what to apply.
+        strength: factor on what the adapter changes in the pretrained weights.
+
+    Raises:
+        DAVAEError: the adapter is for another model.
+    """
+    lacking = [name for name in WIDENED if name not in base]
+    if lacking:
+        raise CheckpointError(f"the base model lacks {lacking[0]}; it is damaged or of another kind")
+    wide = widen({name: base[name] for name in WIDENED}, adapter, strength)
+    parts = _by_weight(adapter)
+    for name in parts:
+        if name not in base:
+            raise DAVAEError(
+                f"the adapter changes {name}, which the model does not have; use the model it was trained for"
+            )
+
+    def make(name: str) -> torch.Tensor:
+        if name in wide:
+            return wide[name]
+        return _changed(base[name], name, parts[name], strength) if name in parts else base[name]
+
+    return Tensors(base.meta | {name: tensor.to("meta") for name, tensor in wide.items()}, make)
+
+
+def _by_weight(adapter: Adapter) -> dict[str, Adapter]:
+    """The LoRA of each weight that it changes, as an adapter of its own."""
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in adapter.lora_state().items():
+        match = _LORA.fullmatch(name)
+        if match is None or match[2] not in LORA_MODULES:
+            raise CheckpointError(f"unknown tensor in the adapter: {name}")
+        weight = f"joint_blocks.{match[1]}.{LORA_MODULES[match[2]][0]}.weight"
+        states.setdefault(weight, {})[name] = tensor
+    return {weight: Adapter(adapter.config, state) for weight, state in states.items()}
+
+
+def _changed(weight: torch.Tensor, name: str, part: Adapter, strength: float) -> torch.Tensor:
+    weight = weight.clone()
+    for _, third, delta in lora_deltas(part):
+        rows = weight if third is None else weight.chunk(3)[third]
+        if rows.shape != delta.shape:
+            raise DAVAEError(f"the adapter's change of {name} is {list(delta.shape)}, expected {list(rows.shape)}")
+        rows.copy_(rows.float() + strength * delta)
+    return weight
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(
+        prog="python -m davae_core.checkpoints.merge",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out.add_argument("base", type=Path, help="the base model: a file, or a diffusers folder")
+    out.add_argument("adapter", type=Path, help="a DA-VAE adapter")
+    out.add_argument("out", type=Path, help="the merged model, a .safetensors file")
+    out.add_argument("--strength", type=float, default=1.0, help="of the adapter's changes (default: 1)")
+    out.add_argument("--title", default="DA-VAE merged model")
+    out.add_argument("--author", default="")
+    out.add_argument("--licence", default="")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    args = parser().parse_args(argv)
+    if args.out.suffix != ".safetensors":
+        raise CheckpointError(f"the merged model must be a .safetensors file, got {args.out.name}")
+    opened = open_any(args.base)
+    print(f"{args.base}: {opened.detected.description}")
+    if "diffusion_model" not in opened.parts:
+        raise CheckpointError(f"{args.base} is {opened.detected.description}, expected an SD3 / SD3.5 model")
+    adapter = native.load_adapter(args.adapter)
+    config = metadata.latent_config(adapter.config.latent, adapter.config.recommended)
+    told = metadata.build("model", config, title=args.title, author=args.author, licence=args.licence)
+    made = merged(opened.parts["diffusion_model"].native, adapter, args.strength)
+    tensors.write(args.out, made, told)
+    print(f"{args.out}: {made.parameters:,} parameters, {made.bytes / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    command.run(main)

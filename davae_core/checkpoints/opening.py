@@ -1,0 +1,149 @@
+"""Open whatever somebody has: a file or folder of any known layout, read as its kind and its native parts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from . import metadata, pickled, tensors
+from .detect import CHECKPOINT_PREFIXES, Detected, detect
+from .diffusers_names import transformer_config, transformer_rules, vae_config, vae_rules
+from .names import to_native
+from .tensors import Tensors
+
+TEXT_ENCODERS = ("clip_l", "clip_g", "t5xxl")
+FIRST_STAGE = "first_stage_model."
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model out of a file or folder.
+
+    Attributes:
+        native: its tensors in native names (for a text encoder, the names of its own ComfyUI file).
+        theirs: the same in diffusers' names, where that is how they are stored.
+        file: where it lies, for messages.
+    """
+
+    native: Tensors
+    theirs: Tensors | None
+    file: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a file or folder is.
+
+    Attributes:
+        path: the file that decided, or the folder.
+        detected: kind and phrase.
+        stored: its tensors as they are named there.
+        told: the metadata of a safetensors file.
+        parts: ``diffusion_model``, ``vae``, ``clip_l``, ``clip_g``, ``t5xxl``, as far as it holds them.
+        content: everything in a pickled file.
+    """
+
+    path: Path
+    detected: Detected
+    stored: Tensors
+    told: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_any(path: Path) -> Opened:
+    """Open a file or folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or is a folder in which nothing known lies.
+    """
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix.lower() in pickled.SUFFIXES:
+        return _pickled(path)
+    if path.name.endswith(".index.json"):
+        return _opened(path, tensors.read_shards(path), {})
+    return _opened(path, *tensors.read(path))
+
+
+def _opened(path: Path, stored: Tensors, told: Mapping[str, str]) -> Opened:
+    detected = detect(stored.meta, metadata.kind_of(told))
+    return Opened(path, detected, stored, told, _parts(detected, stored, path.name))
+
+
+def _parts(detected: Detected, stored: Tensors, file: str) -> dict[str, Part]:
+    if detected.kind == "diffusers transformer":
+        rules = transformer_rules(transformer_config(stored.meta))
+        return {"diffusion_model": Part(to_native(stored, rules, file), stored, file)}
+    if detected.kind == "diffusers vae":
+        return {"vae": Part(to_native(stored, vae_rules(vae_config(stored.meta)), file), stored, file)}
+    if detected.kind in ("sd3 model", "sd3 checkpoint", "model"):
+        inner = {"diffusion_model": stored.below(*CHECKPOINT_PREFIXES) or stored}
+        if any(name.startswith(CHECKPOINT_PREFIXES) for name in stored):
+            inner["vae"] = stored.below(FIRST_STAGE)
+        for name in TEXT_ENCODERS:
+            outer = stored.below(f"text_encoders.{name}.")
+            inner[name] = outer.renamed({key.removeprefix("transformer."): key for key in outer})
+        return {name: Part(part, None, file) for name, part in inner.items() if part}
+    if detected.kind in ("sd3 vae", "vae"):
+        return {"vae": Part(stored.below(FIRST_STAGE) or stored, None, file)}
+    return {}
+
+
+def _pickled(path: Path) -> Opened:
+    content = pickled.read(path)
+    inner = content.get("state_dict", content.get("model_state_dict", content))
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{path.name} holds a {type(inner).__name__}, expected tensors by name")
+    stored = pickled.tensors(inner, path.name)
+    detected = detect(stored.meta)
+    if not detected.kind.startswith("authors"):
+        raise CheckpointError(
+            f"{path.name} is {detected.description}, pickled. Pickled files are read of the authors' release only; "
+            "take the model's .safetensors file"
+        )
+    return Opened(path, detected, stored, {}, {}, content)
+
+
+def _folder(folder: Path) -> Opened:
+    """A pipeline folder of diffusers, one of its components, or a folder of the authors' release."""
+    components = [folder / name for name in ("transformer", "vae") if (folder / name).is_dir()]
+    if components:
+        found = [_component(part) for part in components]
+        parts = {name: part for one in found for name, part in one.parts.items()}
+        said = " and ".join(one.detected.description for one in found)
+        odd = [one for one in found if not one.parts]
+        if odd:
+            raise CheckpointError(f"{odd[0].path} is {odd[0].detected.description}, expected a component of SD3")
+        stored = tensors.joined(
+            one.stored.renamed({f"{part.name}.{name}": name for name in one.stored})
+            for one, part in zip(found, components, strict=True)
+        )
+        kind = "sd3 checkpoint" if len(found) == 2 else found[0].detected.kind
+        return Opened(folder, Detected(kind, f"a diffusers folder with {said}"), stored, {}, parts)
+    return _component(folder)
+
+
+def _component(folder: Path) -> Opened:
+    for pattern in (
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors",
+        "*.safetensors.index.json",
+        "pytorch_model.bin",
+        "latest.pt",
+        "tokenizer_checkpoints/latest.pt",
+        "*.safetensors",
+    ):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{folder} holds {len(found)} files like {pattern}: {', '.join(file.name for file in found[:4])}; name "
+                "the one that is meant"
+            )
+        if found:
+            return open_any(found[0])
+    raise CheckpointError(
+        f"{folder} holds no weights that are known here. Expected a diffusers folder (transformer/, vae/ with "
+        "*.safetensors), or of the authors' release pytorch_model.bin or latest.pt"
+    )
