@@ -29,7 +29,7 @@ from .draws import Draws
 from .latents import LatentCache
 from .report import tile
 from .task import Batch, Losses, Phase
-from .text import thinned
+from .captions import thinned
 
 SHEET_IMAGES = 8
 

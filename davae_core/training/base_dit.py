@@ -25,7 +25,7 @@ from .draws import Draws
 from .latents import LatentCache
 from .report import tile
 from .task import Batch, Losses, Phase
-from .text import thinned, vocabulary
+from .captions import thinned, vocabulary
 
 SHEET_IMAGES, SHEET_STEPS = 8, 20
 
