@@ -23,13 +23,14 @@ from ..mmdit import MMDiT, MMDiTConfig
 from ..text_encoder import TextEncoder
 from . import lora, script
 from .base_dit import FlowConfig, noised
+from .captions import thinned
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
 from .draws import Draws
+from .embeddings import present
 from .latents import LatentCache
 from .report import tile
 from .task import Batch, Losses, Phase
-from .captions import thinned
 
 SHEET_IMAGES = 8
 
@@ -90,8 +91,8 @@ class AdaptedModel(nn.Module):
         self.places = lora.attach(self.mmdit, zero)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``."""
-        return self.mmdit(x, t, context, pooled)
+        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``; text tokens that are all zeros only fill up, and are not read."""
+        return self.mmdit(x, t, context, pooled, present(context))
 
     def checkpoint_blocks(self) -> None:
         """Compute the blocks again in the backward pass instead of keeping what is inside them."""

@@ -56,8 +56,8 @@ class Embeddings:
     def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """``context [B, L, context]`` and ``pooled [B, pooled]`` of B captions, fp32 on the CPU.
 
-        L is 77 for each chunk of 75 CLIP tokens and the number of T5's tokens, at least 77: 154 for most captions. Where
-        the captions of a batch differ in length, the shorter ones are filled up with zeros at the end, which a
+        L is 77 for each chunk of 75 CLIP tokens and the number of T5's tokens, at least 77: 154 for most captions.
+        Where the captions of a batch differ in length, the shorter ones are filled up with zeros at the end, which a
         model has to leave out (:func:`present`).
 
         Raises:

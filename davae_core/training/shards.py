@@ -1,7 +1,7 @@
 """Tensors computed once and kept on disk: shards of records, each with a checksum, and an index of the finished set.
 
-A shard is a safetensors file whose tensors are named ``key.part``; its header holds the SHA-256 of its data and what the
-set is about. The shards are the truth: work that was cut off goes on from those that are whole, and the index is
+A shard is a safetensors file whose tensors are named ``key.part``; its header holds the SHA-256 of its data and what
+the set is about. The shards are the truth: work that was cut off goes on from those that are whole, and the index is
 written when all are there.
 """
 

@@ -1,7 +1,7 @@
 """Compute the text embeddings of all captions of a training once, so that it needs no text encoder.
 
-    python -m davae_core.training.text --images photos --out embeddings --tokenizers ComfyUI --clip-l clip_l.safetensors \
-        --clip-g clip_g.safetensors --t5 t5xxl_fp16.safetensors
+    python -m davae_core.training.text --images photos --out embeddings --tokenizers ComfyUI \\
+        --clip-l clip_l.safetensors --clip-g clip_g.safetensors --t5 t5xxl_fp16.safetensors
 
 What is written equals what ComfyUI's own encoders make of the same files and captions. Captions are read literally:
 parentheses are no weights, as if each were escaped in ComfyUI's prompt box. What is not yet written, or damaged, is
@@ -126,8 +126,8 @@ def _stored(record: dict[str, torch.Tensor], caption: str, dtype: torch.dtype) -
     for part, tensor in out.items():
         if not torch.isfinite(tensor).all():
             raise DAVAEError(
-                f"the {part} embedding of {caption!r} does not fit {dtype} or is not a number; use --dtype fp32, and if "
-                "that fails too, other text encoder files"
+                f"the {part} embedding of {caption!r} does not fit {dtype} or is not a number; use --dtype fp32, and "
+                "if that fails too, other text encoder files"
             )
     return out
 

@@ -2,8 +2,8 @@
 
 What ComfyUI does (``comfy/text_encoders/sd3_clip.py`` and what it uses):
 
-- CLIP: the output of the layer before the last, without the final norm; no padding mask. Pooled is the final layer at the
-  first end token, normed; for CLIP-G also projected; of the first chunk where there are several.
+- CLIP: the output of the layer before the last, without the final norm; no padding mask. Pooled is the final layer at
+  the first end token, normed; for CLIP-G also projected; of the first chunk where there are several.
 - T5: the normed output of the last layer; no padding mask, so padding is attended to.
 - Weights stay in the type they are stored in (fp16, bf16, fp8); each is cast to fp32 when it is used, and so are the
   scales of scaled fp8 files. So all arithmetic is in fp32.
@@ -56,6 +56,7 @@ class _InFloat32(nn.Module):
 
     def __init__(self, scale: torch.Tensor | None, clean: bool) -> None:
         super().__init__()
+        self.scale: torch.Tensor | None
         self.register_buffer("scale", scale)
         self.clean = clean
 

@@ -4,15 +4,15 @@ CLIP reads chunks of 77 tokens: a start token, up to 75 of the text, an end toke
 zeros). T5 reads one sequence that ends in its end token and is padded with zeros to at least 77; it is never cut.
 
 A caption is plain text. In ComfyUI's prompt box parentheses are weights, ``(word:1.2)``, unless they are escaped; so a
-caption becomes what ComfyUI makes of :func:`as_prompt` of it. The tokenizers' own files are in every ComfyUI and in every
-diffusers folder of SD3; nothing is downloaded.
+caption becomes what ComfyUI makes of :func:`as_prompt` of it. The tokenizers' own files are in every ComfyUI and in
+every diffusers folder of SD3; nothing is downloaded.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5TokenizerFast
+from transformers import CLIPTokenizer, PreTrainedTokenizerBase, T5TokenizerFast  # type: ignore[attr-defined]
 
 from ..errors import DAVAEError
 
