@@ -91,7 +91,7 @@ class AdaptedModel(nn.Module):
         self.places = lora.attach(self.mmdit, zero)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``; text tokens that are all zeros only fill up, and are not read."""
+        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``; text tokens that are all zeros fill up and are not read."""
         return self.mmdit(x, t, context, pooled, present(context))
 
     def checkpoint_blocks(self) -> None:

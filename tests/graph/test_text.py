@@ -3,10 +3,11 @@
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from davae_core.training import text
 from davae_core.training.embeddings import Embeddings, context_of, load_embeddings
@@ -27,12 +28,13 @@ CAPTIONS = {
     "76 tokens": " ".join(["cat"] * 76),
     "long": " ".join(f"{number} grey cats, café naïveté 猫 and" for number in range(24)),
 }
-# What the harness's short text encoders change in ComfyUI's own configurations.
+# What the harness's short text encoders change in ComfyUI's own configurations; the first is of both CLIPs.
 SHORT = {
-    "clip_l_model_config": sd35.SHORT["sd1_clip_config.json"],
-    "clip_g_model_config": sd35.SHORT["clip_config_bigg.json"],
+    "model_config": sd35.SHORT["clip_config_bigg.json"],
     "t5xxl_model_config": sd35.SHORT["text_encoders/t5_config_xxl.json"],
 }
+# By this tensor ComfyUI knows a T5-XXL, to look at its type; in the short one it belongs to no layer.
+T5_MARK = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Both:
     """The same files in ComfyUI, as a CLIP object, and here."""
 
     folder: Path
-    clip: object
+    clip: Any
     ours: TextEncoders
 
 
@@ -51,22 +53,25 @@ def rough(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.half() for name, tensor in state.items()}
 
 
+def in_comfyui(paths: list[Path]) -> Any:
+    """A CLIP object, by the function that TripleCLIPLoader calls; ComfyUI is booted."""
+    import comfy.sd
+
+    options = {name: dict(changes) for name, changes in SHORT.items()}
+    return comfy.sd.load_clip([str(p) for p in paths], clip_type=comfy.sd.CLIPType.SD3, model_options=options)
+
+
 @pytest.fixture(scope="module")
 def both(comfy: HeadlessComfy, comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Both:
     """Random-weight files of three layers (T5: one) at the true widths, loaded by both."""
-    import comfy.sd
-    import comfy.utils
-
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("text_encoders")
-    mark = {sd35.MARK: torch.zeros(1)}
     save_file(rough(sd35.clip_state(768)), folder / sd35.CLIP_L)
-    save_file(rough(sd35.clip_state(1280) | mark), folder / sd35.CLIP_G)
-    save_file(rough(sd35.t5_state()), folder / sd35.T5)
-    states = [comfy.utils.load_torch_file(str(folder / name), safe_load=True) for name in FILES.values()]
-    clip = comfy.sd.load_text_encoder_state_dicts(states, clip_type=comfy.sd.CLIPType.SD3, model_options=dict(SHORT))
-    l, g = load_clip(folder / sd35.CLIP_L, "clip_l"), load_clip(folder / sd35.CLIP_G, "clip_g")
-    ours = TextEncoders(Tokenizers(comfyui.root), l, g, load_t5(folder / sd35.T5))
+    save_file(rough(sd35.clip_state(1280) | {sd35.MARK: torch.zeros(1)}), folder / sd35.CLIP_G)
+    save_file(rough(sd35.t5_state() | {T5_MARK: torch.zeros(1)}), folder / sd35.T5)
+    low, high = load_clip(folder / sd35.CLIP_L, "clip_l"), load_clip(folder / sd35.CLIP_G, "clip_g")
+    ours = TextEncoders(Tokenizers(comfyui.root), low, high, load_t5(folder / sd35.T5))
+    clip = in_comfyui([folder / name for name in FILES.values()])
     return Both(folder, clip, ours)
 
 
@@ -117,34 +122,25 @@ def test_long_captions_take_more_chunks_and_more_of_t5(both: Both) -> None:
     assert len(long.clip) > 154 and len(long.t5) > 77
 
 
-def test_fp8_files_give_what_comfyui_makes_of_them(both: Both, conditioning, comfy: HeadlessComfy) -> None:
-    """T5 in fp8 and in scaled fp8, with ComfyUI's T5 loaded anew from the same tensors."""
-    import comfy.sd
-    import comfy.utils
-
-    states = [comfy.utils.load_torch_file(str(both.folder / name), safe_load=True) for name in FILES.values()]
-    linear = [name for name in states[2] if ".SelfAttention." in name or ".DenseReluDense." in name]
-    linear = [name for name in linear if "relative" not in name]
-    scales = {name.replace(".weight", ".scale_weight"): torch.tensor(0.5 + 0.1 * i) for i, name in enumerate(linear)}
-    plain = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in states[2].items()}
-    for name, extra in (("plain", {}), ("scaled", {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn), **scales})):
-        t5 = dict(states[2]) | {key: plain[key] for key in linear} if extra else dict(plain)
-        path = both.folder / f"t5xxl_fp8_{name}.safetensors"
-        save_file(t5 | extra, path)
-        read = comfy.utils.load_torch_file(str(path), safe_load=True)
-        read_by_comfyui = [dict(states[0]), dict(states[1]), read]
-        options = dict(SHORT)
-        if extra:
-            options["t5xxl_scaled_fp8"] = torch.float8_e4m3fn
-        clip = comfy.sd.load_text_encoder_state_dicts(read_by_comfyui, clip_type=comfy.sd.CLIPType.SD3,
-                                                      model_options=options)  # fmt: skip
-        context, _ = clip.encode_from_tokens(clip.tokenize("a grey cat"), return_pooled=True)
-        ours = load_t5(path)
-        tokens = torch.tensor([both.ours.tokenizers("a grey cat").t5])
-        with torch.no_grad():
-            torch.testing.assert_close(
-                ours(tokens), context[:, 77:], atol=1e-3, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-            )
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp8", "scaled fp8"])
+def test_fp8_files_give_what_comfyui_makes_of_them(scaled: bool, both: Both, tmp_path: Path) -> None:
+    state = load_file(both.folder / sd35.T5)
+    linear = [name for name in state if any(part in name for part in (".q.", ".k.", ".v.", ".o.", ".wi_", ".wo."))]
+    eighth = {name: state[name].to(torch.float8_e4m3fn) for name in (linear if scaled else state)}
+    if scaled:
+        eighth |= {
+            name.replace(".weight", ".scale_weight"): torch.tensor(0.5 + 0.1 * i) for i, name in enumerate(linear)
+        }
+        eighth["scaled_fp8"] = torch.zeros(0).to(torch.float8_e4m3fn)
+    path = tmp_path / "t5xxl_fp8_e4m3fn.safetensors"
+    save_file(state | eighth, path)
+    clip = in_comfyui([both.folder / sd35.CLIP_L, both.folder / sd35.CLIP_G, path])
+    context, _ = clip.encode_from_tokens(clip.tokenize("a grey cat"), return_pooled=True)
+    with torch.no_grad():
+        ours = load_t5(path)(torch.tensor([both.ours.tokenizers("a grey cat").t5]))
+        unscaled = both.ours.t5(torch.tensor([both.ours.tokenizers("a grey cat").t5]))
+    torch.testing.assert_close(ours, context[:, 77:], atol=1e-3, rtol=0)
+    assert (ours - unscaled).abs().max() > 0.01
 
 
 def test_the_command_writes_what_the_encoders_say_and_makes_good_what_is_damaged(
