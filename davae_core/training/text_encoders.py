@@ -103,6 +103,7 @@ class ClipEncoder(nn.Module):
             with torch.device("meta"):
                 self.projection = nn.Linear(width, width, bias=False)
             _fill(self.projection, {"weight": _tensor(state, "text_projection.weight", role, file)}, file)
+        self.eval()
 
     def forward(self, tokens: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode chunks.
@@ -153,6 +154,7 @@ class T5Encoder(nn.Module):
             model = T5EncoderModel(config)
         _fill(model, {**state, **dict.fromkeys(T5_EMBEDDINGS, state[embedding])}, file)
         self.model, self.width = model, width
+        self.eval()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """``[N, L]`` to ``[N, L, width]``; padding takes part like any token."""
@@ -168,8 +170,8 @@ class TextEncoders:
     """
 
     def __init__(self, tokenizers: Tokenizers, clip_l: ClipEncoder, clip_g: ClipEncoder, t5: T5Encoder | None) -> None:
-        self.tokenizers, self.clip_l, self.clip_g, self.t5 = tokenizers, clip_l.eval(), clip_g.eval(), t5
-        self.context = t5.eval().width if t5 is not None else WIDTHS["t5xxl"]
+        self.tokenizers, self.clip_l, self.clip_g, self.t5 = tokenizers, clip_l, clip_g, t5
+        self.context = t5.width if t5 is not None else WIDTHS["t5xxl"]
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from davae_core.checkpoints import files
 from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.training import shards, text, text_encoders
 from davae_core.training.embeddings import KIND, load_embeddings, present
@@ -113,8 +114,12 @@ def encode(out: Path, encoder: Counting, captions: Sequence[str] = CAPTIONS, **a
     return encode_all(encoder, captions, out, ABOUT | about, config)  # type: ignore[arg-type]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def contents(folder: Path) -> dict[str, object]:
+    """What a folder holds: the index, and of each shard the metadata and the hash that its data really have."""
+    index = json.loads((folder / shards.INDEX).read_text())
+    assert {path.name for path in folder.iterdir()} == {shards.INDEX, *(shard["file"] for shard in index["shards"])}
+    paths = [folder / shard["file"] for shard in index["shards"]]
+    return {"index": index, **{path.name: (*files.read_metadata(path), shards.data_hash(path)) for path in paths}}
 
 
 def damage(path: Path) -> None:
@@ -259,10 +264,11 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(tmp_path: Path) -> None
 def test_a_damaged_shard_is_found_and_made_again(tmp_path: Path, how: str) -> None:
     encode(tmp_path, Counting())
     before, victim = contents(tmp_path), tmp_path / "shard_000001.safetensors"
+    data = victim.read_bytes()
     if how == "a bit":
         damage(victim)
     else:
-        victim.unlink() if how == "gone" else victim.write_bytes(before[victim.name][:-10])
+        victim.unlink() if how == "gone" else victim.write_bytes(data[:-10])
         with pytest.raises(DAVAEError, match=r"shard_000001.safetensors is missing or damaged; run"):
             load_embeddings(tmp_path)
     again = Counting()
