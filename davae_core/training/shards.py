@@ -23,6 +23,8 @@ from ..errors import CheckpointError, DAVAEError
 
 INDEX = "index.json"
 FORMAT = 1
+SAMPLES, SAMPLE = 16, 1 << 20
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _NAME = re.compile(r"shard_(\d{6})\.safetensors")
 
 Record = Mapping[str, torch.Tensor]
@@ -126,6 +128,35 @@ def data_hash(path: Path) -> str:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return f"0x{digest.hexdigest()}"
+
+
+def stored(record: Record, dtype: torch.dtype, name: str) -> dict[str, torch.Tensor]:
+    """A record in the type it is stored in.
+
+    Raises:
+        DAVAEError: a number does not fit.
+    """
+    out = {part: tensor.to(dtype) for part, tensor in record.items()}
+    for part, tensor in out.items():
+        if not torch.isfinite(tensor).all():
+            raise DAVAEError(
+                f"what was computed of {name} ({part}) does not fit {dtype} or is not a number; use --dtype fp32, "
+                "and if that fails too, other model files"
+            )
+    return out
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Tells files apart: a hash of their sizes, their headers and samples of their data."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with open(path, "rb") as file:
+            for i in range(SAMPLES):
+                file.seek(i * max(0, size - SAMPLE) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:32]
 
 
 class Shards:

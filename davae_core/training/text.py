@@ -8,7 +8,6 @@ parentheses are no weights, as if each were escaped in ComfyUI's prompt box. Wha
 computed when the command is run again.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from .text_encoders import Role, TextEncoders, load_clip, load_t5, weight_files
 from .tokens import Tokenizers
 
 FOLDERS: dict[Role, str] = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-SAMPLES, SAMPLE = 16, 1 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -100,36 +97,11 @@ def encode_all(
             for first in range(0, len(part), config.batch):
                 some = part[first : first + config.batch]
                 for caption, encoded in zip(some, encoders(some), strict=True):
-                    records[key_of(caption)] = _stored(vars(encoded), caption, DTYPES[config.dtype])
+                    records[key_of(caption)] = shards.stored(vars(encoded), shards.DTYPES[config.dtype], repr(caption))
                 bar.update(len(some))
             shards.write(out, number, records, KIND, about)
     shards.finish(out, KIND, about)
     return len(missing)
-
-
-def fingerprint(source: Path) -> str:
-    """Tells the files of two encoders apart: a hash of their sizes, their headers and samples of their data."""
-    digest = hashlib.sha256()
-    for path in weight_files(source):
-        size = path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with open(path, "rb") as file:
-            for i in range(SAMPLES):
-                file.seek(i * max(0, size - SAMPLE) // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()[:32]
-
-
-def _stored(record: dict[str, torch.Tensor], caption: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A record in the stored type."""
-    out = {part: tensor.to(dtype) for part, tensor in record.items()}
-    for part, tensor in out.items():
-        if not torch.isfinite(tensor).all():
-            raise DAVAEError(
-                f"the {part} embedding of {caption!r} does not fit {dtype} or is not a number; use --dtype fp32, and "
-                "if that fails too, other text encoder files"
-            )
-    return out
 
 
 def _source(config: TextConfig, role: Role, own: Path | None) -> Path:
@@ -170,7 +142,7 @@ def run(config: TextConfig) -> int:
         "context": encoders.context,
         "pooled": clip_l.width + clip_g.width,
         "dtype": config.dtype,
-        "encoders": {role: fingerprint(place) for role, place in places.items()},
+        "encoders": {role: shards.fingerprint(weight_files(place)) for role, place in places.items()},
     }
     done = encode_all(encoders, captions, config.out, about, config)
     logger.info("%s holds the embeddings of %d captions, %d of them new", config.out, len(captions), done)

@@ -20,7 +20,7 @@ from davae_core.checkpoints import files
 from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.training import shards, text, text_encoders
 from davae_core.training.embeddings import KIND, load_embeddings, present
-from davae_core.training.text import TextConfig, captions_in, encode_all, fingerprint
+from davae_core.training.text import TextConfig, captions_in, encode_all
 from davae_core.training.text_encoders import Encoded, TextEncoders, load_clip, load_t5, read_state
 from davae_core.training.tokens import Tokenizers, as_prompt, chunks
 from harness import sd35
@@ -291,9 +291,9 @@ def test_other_encoders_do_not_mix(tmp_path: Path, toy_files: dict[str, Path]) -
     encode(tmp_path, Counting(), encoders="one")
     with pytest.raises(DAVAEError, match=r"made with something else \(encoders: 'one', now 'two'\)"):
         encode(tmp_path, Counting(), encoders="two")
-    before = fingerprint(toy_files["t5xxl"])
+    before = shards.fingerprint([toy_files["t5xxl"]])
     damage(toy_files["t5xxl"])
-    assert fingerprint(toy_files["t5xxl"]) != before != fingerprint(toy_files["clip_l"])
+    assert shards.fingerprint([toy_files["t5xxl"]]) != before != shards.fingerprint([toy_files["clip_l"]])
 
 
 def test_numbers_that_fp16_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_numbers_that_fp16_cannot_hold_are_refused(tmp_path: Path) -> None:
         def __call__(self, captions: Sequence[str]) -> list[Encoded]:
             return [Encoded(e.clip * 1e6, e.t5, e.pooled) for e in super().__call__(captions)]
 
-    with pytest.raises(DAVAEError, match=r"clip embedding of '' does not fit torch.float16.*--dtype fp32"):
+    with pytest.raises(DAVAEError, match=r"computed of '' \(clip\) does not fit torch.float16.*--dtype fp32"):
         encode(tmp_path, Large())
 
 
