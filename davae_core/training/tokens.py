@@ -3,9 +3,10 @@
 CLIP reads chunks of 77 tokens: a start token, up to 75 of the text, an end token, padding (CLIP-L: end tokens; CLIP-G:
 zeros). T5 reads one sequence that ends in its end token and is padded with zeros to at least 77; it is never cut.
 
-A caption is plain text. In ComfyUI's prompt box parentheses are weights, ``(word:1.2)``, unless they are escaped; so a
-caption becomes what ComfyUI makes of :func:`as_prompt` of it. The tokenizers' own files are in every ComfyUI and in
-every diffusers folder of SD3; nothing is downloaded.
+A caption is plain text. ComfyUI reads parentheses as weights, ``(word:1.2)``, unless they are escaped, and
+``embedding:name`` as a textual inversion; here both are what they say. So a caption becomes what ComfyUI makes of
+:func:`as_prompt` of it. The tokenizers' own files are in every ComfyUI and in every diffusers folder of SD3; nothing is
+downloaded.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class Tokens:
 
 
 def as_prompt(caption: str) -> str:
-    """What to type in ComfyUI to mean ``caption`` literally: parentheses are escaped."""
+    """The text that ComfyUI's CLIPTextEncode reads as ``caption``: parentheses are escaped."""
     return caption.replace("(", "\\(").replace(")", "\\)")
 
 
