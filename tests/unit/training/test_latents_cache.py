@@ -35,7 +35,7 @@ def test_every_image_a_training_sees_has_its_latent(stages: Any, autoencoder: Pa
     for batch in data.loader(config, batch=4, seed=5, multiple=32, steps=4):
         with torch.no_grad():
             z = davae.latent.normalise(davae.encode(batch["image"]).float())
-        torch.testing.assert_close(stored(batch["image"]), z, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(stored(batch["image"]), z, atol=1e-4, rtol=1e-4)
         mirrored |= {
             (name, image.sum(dim=0).argmax().item()) for name, image in zip(batch["name"], batch["image"], strict=True)
         }
