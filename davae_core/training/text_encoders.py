@@ -54,17 +54,18 @@ class Encoded:
 class _InFloat32(nn.Module):
     """Reads a stored weight in fp32, scaled if it has a scale."""
 
-    def __init__(self, scale: torch.Tensor | None, clean: bool) -> None:
+    def __init__(self, scale: torch.Tensor | None) -> None:
         super().__init__()
         self.scale: torch.Tensor | None
         self.register_buffer("scale", scale)
-        self.clean = clean
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        weight = weight.float()
-        if self.clean:
-            weight = torch.nan_to_num(weight)
-        return weight if self.scale is None else weight * self.scale.float()
+        return weight.float() if self.scale is None else weight.float() * self.scale.float()
+
+
+def _rows_in_float32(embedding: nn.Module, inputs: object, rows: torch.Tensor) -> torch.Tensor:
+    """Reads the rows of a stored embedding in fp32, without reading the whole of it."""
+    return rows.float()
 
 
 class ClipEncoder(nn.Module):
@@ -305,11 +306,13 @@ def _fill(model: nn.Module, state: State, file: str) -> None:
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:  # the positions 0, 1, ... of CLIP, which no file needs to hold
                 module.register_buffer(name, torch.arange(buffer.shape[-1])[None], persistent=False)
-    names = {id(module): name for name, module in model.named_modules()}
-    for module in list(model.modules()):
+    for prefix, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding):
+            if module.weight.dtype in FLOAT8:  # it has no lookup; ComfyUI takes what is not a number in it for 0
+                module.weight = nn.Parameter(torch.nan_to_num(module.weight.half()), requires_grad=False)
+            module.register_forward_hook(_rows_in_float32)
+            continue
         for part, weight in list(module.named_parameters(recurse=False)):
-            scale = state.get(f"{names[id(module)]}.{SCALE}") if part == "weight" else None
-            if weight.dtype == torch.float32 and scale is None:
-                continue
-            clean = isinstance(module, nn.Embedding) and weight.dtype in FLOAT8
-            parametrize.register_parametrization(module, part, _InFloat32(scale, clean), unsafe=True)
+            scale = state.get(f"{prefix}.{SCALE}") if part == "weight" else None
+            if weight.dtype != torch.float32 or scale is not None:
+                parametrize.register_parametrization(module, part, _InFloat32(scale), unsafe=True)

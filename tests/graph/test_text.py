@@ -100,8 +100,8 @@ def test_a_caption_becomes_what_comfyui_makes_of_it(name: str, both: Both, condi
 
 
 def test_captions_encoded_together_are_as_each_by_itself(both: Both) -> None:
-    together = both.ours(list(CAPTIONS.values()))
-    for caption, one in zip(CAPTIONS.values(), together, strict=True):
+    captions = [CAPTIONS[name] for name in ("short", "76 tokens", "empty")]
+    for caption, one in zip(captions, both.ours(captions), strict=True):
         [alone] = both.ours([caption])
         for part in ("clip", "t5", "pooled"):
             torch.testing.assert_close(getattr(one, part), getattr(alone, part), atol=1e-4, rtol=0)
