@@ -114,9 +114,9 @@ class Attention(nn.Module):
         return self.ln_q(q), self.ln_k(k), v
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``[B, heads, L, 64]`` each to ``[B, L, hidden]``."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, read: torch.Tensor | None = None) -> torch.Tensor:
+    """``[B, heads, L, 64]`` each to ``[B, L, hidden]``; ``read [B, 1, 1, L]`` tells which keys count."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=read).transpose(1, 2).flatten(2)
 
 
 class Modulation(nn.Sequential):
@@ -164,8 +164,13 @@ class JointBlock(nn.Module):
         self.context_block = StreamBlock(config.hidden, config.qk_norm, last=self.last)
         self.x_block = StreamBlock(config.hidden, config.qk_norm, dual=self.dual)
 
-    def forward(self, context: torch.Tensor, x: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``context [B, L, hidden]``, ``x [B, T, hidden]``, ``c [B, hidden]``; the last block leaves context alone."""
+    def forward(
+        self, context: torch.Tensor, x: torch.Tensor, c: torch.Tensor, read: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``context [B, L, hidden]``, ``x [B, T, hidden]``, ``c [B, hidden]``, ``read [B, 1, 1, L + T]`` or None.
+
+        The last block leaves context alone.
+        """
         text, image = self.context_block, self.x_block
         text_mod = text.adaLN_modulation(c)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *dual_mod = image.adaLN_modulation(c)
@@ -175,9 +180,9 @@ class JointBlock(nn.Module):
         k, v = torch.cat([text_k, k], dim=2), torch.cat([text_v, v], dim=2)
         length = context.shape[1]
         if self.last:  # nobody reads the text tokens any more
-            image_out = attend(q, k, v)
+            image_out = attend(q, k, v, read)
         else:
-            joint = attend(torch.cat([text_q, q], dim=2), k, v)
+            joint = attend(torch.cat([text_q, q], dim=2), k, v, read)
             image_out = joint[:, length:]
             context = context + text_mod[2] * text.attn.proj(joint[:, :length])
             context = text.feed_forward(context, *text_mod[3:])
@@ -239,7 +244,14 @@ class MMDiT(nn.Module):
         self.joint_blocks = nn.ModuleList(JointBlock(config, i) for i in range(config.depth))
         self.final_layer = FinalLayer(config)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Predict the velocity.
 
         Args:
@@ -247,6 +259,7 @@ class MMDiT(nn.Module):
             t: ``[B]``, noise level in [0, 1].
             context: ``[B, L, context]``, text tokens.
             pooled: ``[B, pooled]``.
+            present: ``[B, L]``, bool; text tokens that are there, where prompts of a batch differ in length. None: all.
 
         Returns:
             ``[B, out_channels, h, w]``.
@@ -260,8 +273,9 @@ class MMDiT(nn.Module):
         tokens = self.x_embedder(x) + self._positions(rows, columns).to(x.dtype)
         c = self.t_embedder(time_features(t).to(x.dtype)) + self.y_embedder(pooled)
         context = self.context_embedder(context)
+        read = None if present is None else F.pad(present, (0, tokens.shape[1]), value=True)[:, None, None]
         for block in self.joint_blocks:
-            context, tokens = block(context, tokens, c)
+            context, tokens = block(context, tokens, c, read)
         patches = self.final_layer(tokens, c)
         return self._unpatchify(patches, rows, columns)[..., :height, :width]
 

@@ -65,8 +65,8 @@ def write_files(models: Path) -> None:
     _save(models / "checkpoints" / CHECKPOINT, _checkpoint(family))
     for name, width in CLIPS.items():
         mark = {MARK: torch.zeros(1)} if name == CLIP_G else {}
-        _save(models / "text_encoders" / name, _clip(width) | mark)
-    _save(models / "text_encoders" / T5, _t5())
+        _save(models / "text_encoders" / name, clip_state(width) | mark)
+    _save(models / "text_encoders" / T5, t5_state())
     checkpoints.save_autoencoder(models / "vae" / DAVAE, family.davae().half(), Recommended(size=1024))
     for name, size in ADAPTERS.items():
         told = Recommended(size=size, shift=4.0 if size == 2048 else 3.0, cfg=2.5, steps=30)
@@ -80,7 +80,7 @@ def _checkpoint(family: Family) -> dict[str, torch.Tensor]:
     return model | vae
 
 
-def _clip(width: int, words: int = 49408) -> dict[str, torch.Tensor]:
+def clip_state(width: int, words: int = 49408) -> dict[str, torch.Tensor]:
     """A CLIP text model of three layers, in the names of transformers."""
     top = "text_model."
     state = {
@@ -98,7 +98,7 @@ def _clip(width: int, words: int = 49408) -> dict[str, torch.Tensor]:
     return state
 
 
-def _t5(width: int = 4096, inner: int = 64, words: int = 32128) -> dict[str, torch.Tensor]:
+def t5_state(width: int = 4096, inner: int = 64, words: int = 32128) -> dict[str, torch.Tensor]:
     """A T5 encoder of one layer with one head."""
     attention, gated = "encoder.block.0.layer.0.", "encoder.block.0.layer.1."
     return {

@@ -23,13 +23,15 @@ from ..mmdit import MMDiT, MMDiTConfig
 from ..text_encoder import TextEncoder
 from . import lora, script
 from .base_dit import FlowConfig, noised
+from .captions import thinned
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
 from .draws import Draws
-from .latents import LatentCache
+from .embeddings import present
+from .latents import Encode, LatentCache
+from .latents_cache import load_latents
 from .report import tile
 from .task import Batch, Losses, Phase
-from .text import thinned
 
 SHEET_IMAGES = 8
 
@@ -58,6 +60,9 @@ class AdapterRecipe:
     """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
     keep_latents: bool = False
     """Keep the latents of all images in memory."""
+    latents: Path | None = None
+    """Folder of the images' latents, computed before (python -m davae_core.training.latents_cache): the DA-VAE stays
+    off the GPU and only draws the sample sheets."""
     recommended: Recommended = Recommended(shift=4.0, cfg=2.5, steps=30)
     """How the finished adapter is to be sampled; a size of 0 is the size of the data."""
 
@@ -90,8 +95,8 @@ class AdaptedModel(nn.Module):
         self.places = lora.attach(self.mmdit, zero)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``."""
-        return self.mmdit(x, t, context, pooled)
+        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``; text tokens that are all zeros fill up and are not read."""
+        return self.mmdit(x, t, context, pooled, present(context))
 
     def checkpoint_blocks(self) -> None:
         """Compute the blocks again in the backward pass instead of keeping what is inside them."""
@@ -120,7 +125,7 @@ class AdaptedModel(nn.Module):
 class AdapterPhase(Phase):
     """Flow matching on base and detail channels, the weight of the detail rising (eq. 12-13)."""
 
-    def __init__(self, model: AdaptedModel, recipe: AdapterRecipe, text: TextEncoder, latents: LatentCache) -> None:
+    def __init__(self, model: AdaptedModel, recipe: AdapterRecipe, text: TextEncoder, latents: Encode) -> None:
         super().__init__()
         self.model, self.recipe, self.text, self.latents = model, recipe, text, latents
 
@@ -153,17 +158,26 @@ class AdapterTask:
             self.model.checkpoint_blocks()
         if recipe.run.compile:
             self.model.compile()
-        latents = LatentCache(self.encode, recipe.keep_latents)
+        latents: Encode = LatentCache(self.encode, recipe.keep_latents)
+        if recipe.latents is not None:
+            latents = load_latents(recipe.latents, recipe.autoencoder)
         self.phases: dict[str, Phase] = {"adapter": AdapterPhase(self.model, recipe, self.text, latents)}
 
     def to(self, device: torch.device) -> None:
-        """Move the model, the text encoder and the autoencoder."""
+        """Move the model, the text encoder and, unless the latents are computed already, the autoencoder."""
         self.phases["adapter"].to(device)
-        self.davae.to(device)
+        if self.recipe.latents is None:
+            self.davae.to(device)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to latents in the model's units."""
-        return self.davae.latent.normalise(self.davae.encode(x).float())
+        """Images to latents in the model's units, on the device of the images."""
+        device = next(self.davae.parameters()).device
+        return self.davae.latent.normalise(self.davae.encode(x.to(device)).float()).to(x.device)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents in the model's units to images, on the device of the latents."""
+        device = next(self.davae.parameters()).device
+        return self.davae.decode(self.davae.latent.denormalise(z).to(device)).float().to(z.device)
 
     def sheet(self, batch: Batch) -> torch.Tensor:
         """Images, their reconstructions, samples for their captions."""
@@ -173,7 +187,7 @@ class AdapterTask:
         noise = generate.initial_noise(0, range(len(x)), z.shape[1:]).to(x.device)
         sampling = generate.Sampling(told.shift, told.cfg, told.steps)
         samples = generate.sample(self.model, self.text, captions, noise, sampling)
-        return tile([x, *(self.davae.decode(self.davae.latent.denormalise(y)).float() for y in (z, samples))])
+        return tile([x, self.decode(z), self.decode(samples)])
 
     def export(self, folder: Path) -> list[Path]:
         """The adapter in fp32."""

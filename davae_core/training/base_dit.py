@@ -19,13 +19,13 @@ from ..latent import BASE_NORMALISATION
 from ..mmdit import MMDiT, MMDiTConfig, sincos_grid
 from ..text_encoder import TextEncoder, TextEncoderConfig
 from . import base_autoencoder, script, sources
+from .captions import thinned, vocabulary
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
 from .draws import Draws
 from .latents import LatentCache
 from .report import tile
 from .task import Batch, Losses, Phase
-from .text import thinned, vocabulary
 
 SHEET_IMAGES, SHEET_STEPS = 8, 20
 

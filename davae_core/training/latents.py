@@ -8,6 +8,11 @@ import torch
 Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
+def image_key(image: torch.Tensor) -> bytes:
+    """Tells images ``[3, H, W]`` apart by their content."""
+    return hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
+
+
 class LatentCache:
     """Encodes images, and remembers the latent of each by the image's content.
 
@@ -28,7 +33,7 @@ class LatentCache:
         """The latents of images ``[B, 3, H, W]``."""
         if not self.keep:
             return self.encode(x)
-        keys = [hashlib.blake2b(image.contiguous().cpu().numpy().tobytes(), digest_size=16).digest() for image in x]
+        keys = [image_key(image) for image in x]
         for i, key in enumerate(keys):
             if key not in self.known:
                 self.known[key] = self.encode(x[i : i + 1])[0].cpu().clone()

@@ -242,3 +242,14 @@ def test_a_misshapen_embedder_is_refused(mmdit: MMDiT) -> None:
 def test_a_width_that_is_no_whole_number_of_heads_is_refused(hidden: int) -> None:
     with pytest.raises(DAVAEError, match=f"multiple of 64, got {hidden}"):
         MMDiTConfig(hidden=hidden)
+
+
+def test_prompts_of_different_lengths_in_a_batch_are_as_each_by_itself(make_mmdit: MakeMmdit) -> None:
+    model = make_mmdit(depth=3, dual_attention=(0,))
+    x, t, context, pooled = inputs(model.config)
+    present = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    together = model(x, t, context, pooled, present)
+    alone = model(x[1:], t[1:], context[1:, :3], pooled[1:])
+    assert torch.allclose(together[1:], alone, atol=1e-5)
+    assert torch.allclose(together[:1], model(x[:1], t[:1], context[:1], pooled[:1]), atol=1e-5)
+    assert not torch.allclose(model(x, t, context, pooled)[1:], alone, atol=1e-3)

@@ -14,8 +14,8 @@ from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.training import state
 from davae_core.training.adapter import AdaptedModel
 from davae_core.training.base_dit import FlowConfig, noised
+from davae_core.training.captions import thinned, vocabulary
 from davae_core.training.draws import Draws
-from davae_core.training.text import thinned, vocabulary
 
 ALL = tuple(LORA_MODULES)
 SPEC = LatentSpec()
