@@ -223,17 +223,12 @@ class _BaseStage(_Stage):
     """The base VAE alone."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The base VAE's tensors under the names of an SD3 VAE file."""
-        parts = {"encoder.": self.model.base_encoder, "decoder.": self.model.base_decoder}
-        return {
-            f"{prefix}{name}": tensor
-            for prefix, part in parts.items()
-            if part is not None
-            for name, tensor in part.state_dict(*args, **kwargs).items()
-        }
+        """The base VAE's tensors under the names of its own file."""
+        state = self.model.state_dict(*args, **kwargs)
+        return {name.removeprefix("base_"): tensor for name, tensor in state.items() if name.startswith("base_")}
 
     def encode(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
-        return self.model.base_encoder(x).chunk(2, dim=1)[0]
+        return self.model.encode_small(x)
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
         channels = self.model.latent.base_channels
