@@ -36,8 +36,8 @@ IMAGENET_F32C128 = AutoencoderRecipe(
     # L1 + LPIPS (VGG), as theirs. LPIPS has to find its files: see `--losses.network` for one that works offline.
     losses=ReconstructionConfig(l1=1.0, perceptual=1.0, network="lpips-vgg", kl=KL),
     # The weight times the ratio of gradients on the last layer of the detail encoder. The authors align a sample of the
-    # detail latent to VA-VAE's raw latent, and leave the adversarial loss out of the ratio. Here it is the mean, and the
-    # base latent in the units of its measured statistics, as the decoder sees it; all other losses are in the ratio.
+    # detail latent to VA-VAE's raw latent, and leave the adversarial loss out of the ratio. Here it is the mean, to the
+    # base latent in the units of its measured statistics, as the decoder sees it; the ratio is of all other losses.
     alignment=AlignmentConfig(weight=0.5, adaptive=True),
     # Hinge loss, its weight times the ratio of gradients on the decoder's last layer, of a PatchGAN critic of three
     # layers; the first 5001 steps are without. Group norm in the critic where theirs has batch norm, so that a batch in
