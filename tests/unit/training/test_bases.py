@@ -99,7 +99,7 @@ def assert_measured(model: DAVAE, folder: Path) -> None:
 
 def test_the_imagenet_recipe_trains_all_its_parts(train: Train, tmp_path: Path) -> None:
     base = write(random_vae("vavae"), tmp_path / "base.safetensors")
-    options = "--critic.start 1 --critic.width 8 --critic.layers 1 --optimiser.lr 1e-3".split()
+    options = ["--critic.start", "1", "--critic.width", "8", "--critic.layers", "1", "--optimiser.lr", "1e-3"]
     model = checkpoints.load_autoencoder(train("imagenet_f32c128", base, 2, *options))
     assert not model.config.shared_trunk
     assert (model.latent.base_channels, model.latent.detail_channels, model.latent.factor) == (32, 96, 32)
