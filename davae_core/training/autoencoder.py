@@ -190,10 +190,10 @@ Units = tuple[float | tuple[float, ...], float | tuple[float, ...]]
 def measured_units(model: DAVAE, images: script.Images) -> Units:
     """Shift and scale per channel that give the base latents of the images mean 0 and standard deviation 1.
 
-    To four digits, so that a resumed run, which measures again, has the same ones.
+    To six digits, so that a resumed run, which measures again, has the same ones.
     """
     mean, std = script.statistics(model.to(x.device).encode_base(x) for x in images())
-    shift, scale = (tuple(float(f"{value:.4g}") for value in values.tolist()) for values in (mean, 1 / std))
+    shift, scale = (tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, 1 / std))
     return shift, scale
 
 
