@@ -22,35 +22,21 @@ from dataclasses import dataclass
 
 import torch
 
+from .bases import MMDIT
 from .errors import CheckpointError, DAVAEError
 from .latent import LatentSpec
 from .mmdit import MMDiTConfig
 
 PREFIX = "davae."
-EMBED = "x_embedder.proj."
-HEAD = "final_layer.linear."
+EMBED, HEAD = MMDIT.embedder, MMDIT.head
 WIDENED = (f"{EMBED}weight", f"{EMBED}bias", f"{HEAD}weight", f"{HEAD}bias")
 
 # LoRA module name (diffusers) -> weight in the SD3.5 layout, and which third of a fused projection it is.
-LORA_MODULES: dict[str, tuple[str, int | None]] = {
-    **{f"attn.to_{name}": ("x_block.attn.qkv", i) for i, name in enumerate("qkv")},
-    "attn.to_out.0": ("x_block.attn.proj", None),
-    **{f"attn2.to_{name}": ("x_block.attn2.qkv", i) for i, name in enumerate("qkv")},
-    "attn2.to_out.0": ("x_block.attn2.proj", None),
-    **{f"attn.add_{name}_proj": ("context_block.attn.qkv", i) for i, name in enumerate("qkv")},
-    "attn.to_add_out": ("context_block.attn.proj", None),
-    "ff.net.0.proj": ("x_block.mlp.fc1", None),
-    "ff.net.2": ("x_block.mlp.fc2", None),
-    "ff_context.net.0.proj": ("context_block.mlp.fc1", None),
-    "ff_context.net.2": ("context_block.mlp.fc2", None),
-    "norm1.linear": ("x_block.adaLN_modulation.1", None),
-}
-PAPER_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2", "norm1.linear")
+LORA_MODULES = dict(MMDIT.lora_modules)
+PAPER_TARGETS = MMDIT.lora_targets
 
-# The last block's text tokens are read by nobody, so it has no layers after its attention for them.
-_NOT_IN_THE_LAST_BLOCK = ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
-
-_LORA_NAME = re.compile(r"(transformer\.transformer_blocks\.(\d+)\.(.+))\.(lora_A\.weight|lora_B\.weight|alpha)")
+_BLOCK = re.escape(MMDIT.lora_block).replace(r"\{\}", r"(\d+)")
+_LORA_NAME = re.compile(rf"({_BLOCK}(.+))\.(lora_A\.weight|lora_B\.weight|alpha)")
 
 
 @dataclass(frozen=True)
@@ -162,10 +148,10 @@ def zero_adapter(
         for module in targets:
             if module.startswith("attn2.") and block not in model.dual_attention:
                 continue
-            if module in _NOT_IN_THE_LAST_BLOCK and block == model.depth - 1:
+            if module in MMDIT.not_in_the_last_block and block == model.depth - 1:
                 continue
             out_features, in_features = _module_shape(module, model, block)
-            name = f"transformer.transformer_blocks.{block}.{module}"
+            name = f"{MMDIT.lora_block.format(block)}{module}"
             spread = 1 / math.sqrt(in_features)
             state[f"{name}.lora_A.weight"] = torch.empty(rank, in_features).uniform_(
                 -spread, spread, generator=generator
@@ -276,7 +262,7 @@ def lora_deltas(adapter: Adapter) -> Iterator[tuple[str, int | None, torch.Tenso
         alpha = adapter.state.get(f"{stem}.alpha")
         factor = 1.0 if alpha is None else float(alpha) / down.shape[0]
         weight, third = LORA_MODULES[module]
-        yield f"joint_blocks.{block}.{weight}.weight", third, factor * (up @ down)
+        yield f"{MMDIT.block.format(block)}{weight}.weight", third, factor * (up @ down)
 
 
 def merge(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, torch.Tensor]:

@@ -1,7 +1,9 @@
-"""KL autoencoder in the layout of the SD3 VAE file.
+"""KL autoencoder in the latent-diffusion ("LDM") layout: the VAE of SD1, SDXL and SD3, and VA-VAE.
 
-State-dict names are those of the file (``encoder.down.0.block.0.norm1.weight`` ...), so loading is ``load_state_dict``.
-Layout: latent-diffusion ("LDM") KL autoencoder without quantisation convolutions; group norm of 32 groups, eps 1e-6.
+State-dict names are those of the files (``encoder.down.0.block.0.norm1.weight`` ...), so loading is
+``load_state_dict``. The VAEs differ in widths and channels, in whether 1x1 convolutions stand before and after the
+latent (``quant_conv``, ``post_quant_conv``; SD3 has none), and in whether resolution levels hold attention (VA-VAE: the
+lowest). Group norm of 32 groups, eps 1e-6.
 """
 
 import re
@@ -27,12 +29,16 @@ class AutoencoderConfig:
         blocks: residual blocks in an encoder level (a decoder level has one more).
         latent_channels: C.
         image_channels: 3 for RGB.
+        quant_conv: there are 1x1 convolutions after the encoder (on the moments) and before the decoder.
+        attention: the resolution levels with attention after each residual block, counted from full resolution (0).
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
     blocks: int = 2
     latent_channels: int = 16
     image_channels: int = 3
+    quant_conv: bool = False
+    attention: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         bad = [w for w in self.widths if w <= 0 or w % NORM_GROUPS]
@@ -40,6 +46,8 @@ class AutoencoderConfig:
             raise DAVAEError(f"autoencoder widths must be positive multiples of {NORM_GROUPS}, got {self.widths}")
         if min(self.blocks, self.latent_channels, self.image_channels) < 1:
             raise DAVAEError(f"autoencoder needs at least one block and channel everywhere, got {self}")
+        if not set(self.attention) <= set(range(len(self.widths))):
+            raise DAVAEError(f"attention must name levels 0 to {len(self.widths) - 1}, got {self.attention}")
 
     @property
     def factor(self) -> int:
@@ -53,27 +61,39 @@ class AutoencoderConfig:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, torch.Tensor], prefix: str = "encoder.") -> "AutoencoderConfig":
-        """Read the configuration off the shapes of an encoder.
+        """Read the configuration off the shapes of an encoder and of the convolution after it.
 
         Args:
             state: tensors by name.
-            prefix: where the encoder's names start.
+            prefix: where the encoder's names start; ``quant_conv`` is looked for beside the encoder, so under
+                ``base_quant_conv.`` for ``base_encoder.``.
 
         Raises:
-            CheckpointError: the names are not those of an SD3-layout encoder.
+            CheckpointError: the names are not those of an LDM-layout encoder, or the latent has other channels than
+                the encoder gives.
         """
         try:
             levels = _count(state, rf"{re.escape(prefix)}down\.(\d+)\.block\.0\.norm1\.weight")
             blocks = _count(state, rf"{re.escape(prefix)}down\.0\.block\.(\d+)\.norm1\.weight")
             widths = tuple(state[f"{prefix}down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
+            moments = state[f"{prefix}conv_out.weight"].shape[0]  # mean and log-variance
+            quant = state.get(f"{prefix.removesuffix('encoder.')}quant_conv.weight")
+            if quant is not None and tuple(quant.shape) != (moments, moments, 1, 1):
+                raise CheckpointError(
+                    f"its quant_conv has shape {list(quant.shape)}, expected {[moments, moments, 1, 1]}: a KL "
+                    f"autoencoder whose encoder gives mean and log-variance of {moments // 2} channels and whose "
+                    "latent has as many. Use a KL autoencoder"
+                )
             return cls(
                 widths=widths,
                 blocks=blocks,
-                latent_channels=state[f"{prefix}conv_out.weight"].shape[0] // 2,
+                latent_channels=moments // 2,
                 image_channels=state[f"{prefix}conv_in.weight"].shape[1],
+                quant_conv=quant is not None,
+                attention=tuple(i for i in range(levels) if f"{prefix}down.{i}.attn.0.norm.weight" in state),
             )
         except KeyError as missing:
-            raise CheckpointError(f"not an SD3-layout autoencoder: the tensor {missing} is not there") from missing
+            raise CheckpointError(f"not an LDM-layout autoencoder: the tensor {missing} is not there") from missing
 
 
 def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
@@ -158,19 +178,24 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, then a change of resolution where there is one."""
+    """One resolution: residual blocks, each with attention after it or none, then a change of resolution if any."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.block:
-            x = block(x)
+        for i, block in enumerate(self.block):
+            x = self.attend(i, block(x))
         return self.upsample(self.downsample(x))
+
+    def attend(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The attention after block ``i``, where the level has any."""
+        return self.attn[i](x) if self.attn else x
 
 
 class Encoder(nn.Module):
@@ -182,7 +207,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = Level(widths[max(i - 1, 0)], width, config.blocks)
+            level = Level(widths[max(i - 1, 0)], width, config.blocks, i in config.attention)
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
@@ -191,7 +216,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def levels(self, x: torch.Tensor) -> torch.Tensor:
-        """The local part: all resolution levels. ``[B, 3, H, W] -> [B, width, H/f, W/f]``."""
+        """All resolution levels: the local part, but for attention. ``[B, 3, H, W] -> [B, width, H/f, W/f]``."""
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
@@ -218,7 +243,8 @@ class DecoderTrunk(nn.Module):
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList()
         for i, width in enumerate(widths):
-            level = Level(widths[min(i + 1, len(widths) - 1)], width, config.blocks + 1)
+            above = widths[min(i + 1, len(widths) - 1)]
+            level = Level(above, width, config.blocks + 1, i in config.attention)
             if i > 0:
                 level.upsample = Upsample(width)
             self.up.append(level)
@@ -226,7 +252,7 @@ class DecoderTrunk(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.image_channels, 3, padding=1)
 
     def levels(self, h: torch.Tensor) -> torch.Tensor:
-        """The local part: everything after the middle block. ``[B, width, h, w] -> [B, 3, f h, f w]``."""
+        """Everything after the middle block: local, but for attention. ``[B, width, h, w] -> [B, 3, f h, f w]``."""
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -248,21 +274,42 @@ class Decoder(DecoderTrunk):
 
 
 class Autoencoder(nn.Module):
-    """The SD3 VAE. Latents are raw: the shift and scale of the diffusion model are applied outside."""
+    """An LDM-layout VAE. Latents are raw: the shift and scale of the diffusion model are applied outside."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.quant_conv = quant_conv(config)
+        self.post_quant_conv = post_quant_conv(config)
+
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 3, H, W]`` in [-1, 1] to mean and log-variance, ``[B, 2C, H/f, W/f]``."""
+        return through(self.quant_conv, self.encoder(x))
 
     def encode(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """``[B, 3, H, W]`` in [-1, 1] to ``[B, C, H/f, W/f]``: the mean, or a sample when a generator is given."""
-        return latent_from_moments(self.encoder(x), generator)
+        return latent_from_moments(self.moments(x), generator)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """``[B, C, h, w]`` to ``[B, 3, f h, f w]``, about [-1, 1] and not clamped."""
-        return self.decoder(z)
+        return self.decoder(through(self.post_quant_conv, z))
+
+
+def quant_conv(config: AutoencoderConfig) -> nn.Conv2d | None:
+    """The convolution on the moments that the encoder gives, where the layout has one."""
+    return nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1) if config.quant_conv else None
+
+
+def post_quant_conv(config: AutoencoderConfig) -> nn.Conv2d | None:
+    """The convolution on the latent that the decoder gets, where the layout has one."""
+    return nn.Conv2d(config.latent_channels, config.latent_channels, 1) if config.quant_conv else None
+
+
+def through(layer: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    """``layer(x)``, or ``x`` where there is no such layer."""
+    return x if layer is None else layer(x)
 
 
 def latent_from_moments(moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

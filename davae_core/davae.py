@@ -2,12 +2,14 @@
 
 Source: arXiv 2603.22125 sec. 3.1 and the structure of the authors' SD3 release. State-dict names:
 
-    base_encoder.*        an SD3-layout encoder; its trunk also feeds the detail branch unless there is a detail_trunk
+    base_encoder.*        an LDM-layout encoder; its trunk also feeds the detail branch unless there is a detail_trunk
+    base_quant_conv.*     optional: where the base VAE's layout has it
     detail_trunk.*        optional: a trunk of its own for the detail branch (an encoder without its last convolution)
     detail_down.*         down block, trunk features to detail moments
     joint_up.*            up block, latent to decoder features, in place of the decoder's first convolution
-    decoder.*             the rest of an SD3-layout decoder
+    decoder.*             the rest of an LDM-layout decoder
     base_decoder.*        optional: the base VAE's own decoder, for half-size previews
+    base_post_quant_conv.*   beside it where the base VAE's layout has it
 """
 
 import math
@@ -18,9 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .autoencoder import AutoencoderConfig, Decoder, DecoderTrunk, Encoder, latent_from_moments
+from .autoencoder import (
+    AutoencoderConfig,
+    Decoder,
+    DecoderTrunk,
+    Encoder,
+    latent_from_moments,
+    post_quant_conv,
+    quant_conv,
+    through,
+)
+from .bases import normalisation_by_shape
 from .errors import CheckpointError, DAVAEError, LatentError
-from .latent import BASE_NORMALISATION, LatentSpec
+from .latent import LatentSpec
 from .strips import Strips
 
 DEFAULT_ROWS = 64
@@ -51,7 +63,8 @@ class DAVAEConfig:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, torch.Tensor]) -> "DAVAEConfig":
-        """Read the configuration off the shapes; normalisation is not in them and stays at its default.
+        """Read the configuration off the shapes; normalisation is not in them: it is that of the one base model that
+        the shapes fit, or none.
 
         Raises:
             CheckpointError: the names or shapes are not those of a DA-VAE.
@@ -61,7 +74,7 @@ class DAVAEConfig:
             up = state["joint_up.conv.weight"]  # [width s^2, C + D, 3, 3]
         except KeyError as missing:
             raise CheckpointError(f"not a DA-VAE: the tensor {missing} is not there") from missing
-        shift, scale = BASE_NORMALISATION.get(base.latent_channels, (0.0, 1.0))
+        shift, scale = normalisation_by_shape(base)
         latent = LatentSpec(
             base_channels=base.latent_channels,
             detail_channels=up.shape[1] - base.latent_channels,
@@ -82,13 +95,15 @@ class DownBlock(nn.Module):
     """``[B, in, h, w] -> [B, out, h/s, w/s]``: convolution and pixel-unshuffle, plus a shortcut.
 
     The shortcut averages groups of the unshuffled channels; where they do not divide evenly it is a 1x1 convolution.
-    Where ``out`` is no multiple of s^2, a convolution of stride s takes the place of the pixel-unshuffle.
+    The first half of the channels are means, the second log-variances, which start elsewhere. Where ``out / 2`` is no
+    multiple of s^2, so that one channel of the convolution would become some of either, a convolution of stride s takes
+    the place of the pixel-unshuffle.
     """
 
     def __init__(self, in_channels: int, out_channels: int, scale: int) -> None:
         super().__init__()
         self.scale, self.out_channels = scale, out_channels
-        self.strided = out_channels % scale**2 != 0
+        self.strided = out_channels % (2 * scale**2) != 0
         if self.strided:
             self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=scale, padding=1)
         else:
@@ -138,11 +153,13 @@ class DAVAE(nn.Module):
         self.config = config
         base, latent = config.base, config.latent
         self.base_encoder = Encoder(base)
+        self.base_quant_conv = quant_conv(base)
         self.detail_trunk = None if config.shared_trunk else _trunk_only(Encoder(base))
         self.detail_down = DownBlock(base.feature_channels, 2 * latent.detail_channels, latent.scale)
         self.joint_up = UpBlock(latent.channels, base.feature_channels, latent.scale)
         self.decoder = DecoderTrunk(base)
         self.base_decoder = Decoder(base) if config.base_decoder else None
+        self.base_post_quant_conv = post_quant_conv(base) if config.base_decoder else None
 
     @property
     def latent(self) -> LatentSpec:
@@ -152,6 +169,11 @@ class DAVAE(nn.Module):
     def set_detail_statistics(self, mean: Iterable[float], std: Iterable[float]) -> None:
         """Store the per-channel statistics of the detail latent, measured on training images."""
         latent = replace(self.latent, detail_mean=tuple(map(float, mean)), detail_std=tuple(map(float, std)))
+        self.config = replace(self.config, latent=latent)
+
+    def set_base_units(self, shift: float | tuple[float, ...], scale: float | tuple[float, ...]) -> None:
+        """Store the units that the decoder and the diffusion model see the base latent in; see :class:`LatentSpec`."""
+        latent = replace(self.latent, base_shift=shift, base_scale=scale)
         self.config = replace(self.config, latent=latent)
 
     def encode(
@@ -173,7 +195,11 @@ class DAVAE(nn.Module):
 
     def encode_base(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, 3, H, W]`` in [-1, 1] to the base VAE's mean latent of the 1/s image, ``[B, C, H/(f s), W/(f s)]``."""
-        return latent_from_moments(self.base_encoder(self.shrink(x)))
+        return self.encode_small(self.shrink(x))
+
+    def encode_small(self, x: torch.Tensor) -> torch.Tensor:
+        """The base VAE's mean latent of a picture: ``[B, 3, H, W]`` in [-1, 1] to ``[B, C, H/f, W/f]``."""
+        return self._base_mean(self.base_encoder(x))
 
     def encode_detail(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """``[B, 3, H, W]`` in [-1, 1] to ``[B, D, H/(f s), W/(f s)]``."""
@@ -220,7 +246,7 @@ class DAVAE(nn.Module):
         if z_base.ndim != 4 or z_base.shape[1] != self.latent.base_channels:
             expected = f"[batch, {self.latent.base_channels}, height, width]"
             raise LatentError(f"base latent has shape {list(z_base.shape)}, expected {expected}")
-        return self.base_decoder(z_base)
+        return self.base_decoder(through(self.base_post_quant_conv, z_base))
 
     def encode_tiled(
         self,
@@ -236,7 +262,7 @@ class DAVAE(nn.Module):
         detail = self.detail_down(trunk.finish(strips.encode(trunk, x)))
         if z_base is None:
             base = self.base_encoder.finish(strips.encode(self.base_encoder, self.shrink(x)))
-            z_base = latent_from_moments(self.base_encoder.conv_out(base))
+            z_base = self._base_mean(self.base_encoder.conv_out(base))
         return self._joined(z_base, latent_from_moments(detail))
 
     def decode_tiled(
@@ -250,6 +276,10 @@ class DAVAE(nn.Module):
         h = self.decoder.mid(self.joint_up(self._decoder_input(z, detail_strength)))
         return Strips(rows, on_strip).decode(self.decoder, h)
 
+    def _base_mean(self, moments: torch.Tensor) -> torch.Tensor:
+        """Of what the base encoder gives, ``[B, 2C, h, w]``, to the base latent."""
+        return latent_from_moments(through(self.base_quant_conv, moments))
+
     def _joined(self, z_base: torch.Tensor, z_detail: torch.Tensor) -> torch.Tensor:
         expected = (z_detail.shape[0], self.latent.base_channels, *z_detail.shape[2:])
         if z_base.shape != expected:
@@ -262,9 +292,7 @@ class DAVAE(nn.Module):
     def _decoder_input(self, z: torch.Tensor, detail_strength: float) -> torch.Tensor:
         """The decoder sees the base channels in the base VAE's normalised units (as in the authors' release)."""
         z_base, z_detail = self.latent.split(z)
-        return torch.cat(
-            [(z_base - self.latent.base_shift) * self.latent.base_scale, z_detail * detail_strength], dim=1
-        )
+        return torch.cat([self.latent.normalise_base(z_base), z_detail * detail_strength], dim=1)
 
     def _check_image(self, x: torch.Tensor) -> None:
         factor = self.latent.factor

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .bases import SD3_SCALE, SD3_SHIFT
 from .errors import DAVAEError, LatentError
-
-# Shift and scale that a diffusion family applies to its VAE's latents, by latent channels. Source: the SD3 release.
-BASE_NORMALISATION = {16: (0.0609, 1.5305)}
 
 
 @dataclass(frozen=True)
@@ -20,18 +18,18 @@ class LatentSpec:
         detail_channels: D, a multiple of C.
         scale: s, how much further than the base VAE the latent compresses in each direction.
         base_factor: f, pixels per latent pixel of the base VAE.
-        base_shift, base_scale: the model sees ``(z_base - base_shift) * base_scale``.
+        base_shift, base_scale: the model sees ``(z_base - base_shift) * base_scale``; one number each, or C.
         detail_mean, detail_std: D numbers each; the model sees ``(z_detail - detail_mean) / detail_std``.
         preview: C + 1 times red, green, blue, see :func:`davae_core.preview.fit_preview`; empty for the colours that
-            are known of the SD3 VAE.
+            are known of the base VAE.
     """
 
     base_channels: int = 16
     detail_channels: int = 16
     scale: int = 2
     base_factor: int = 8
-    base_shift: float = BASE_NORMALISATION[16][0]
-    base_scale: float = BASE_NORMALISATION[16][1]
+    base_shift: float | tuple[float, ...] = SD3_SHIFT
+    base_scale: float | tuple[float, ...] = SD3_SCALE
     detail_mean: tuple[float, ...] = ()
     detail_std: tuple[float, ...] = ()
     preview: tuple[float, ...] = ()
@@ -54,8 +52,12 @@ class LatentSpec:
             raise DAVAEError(
                 f"preview must hold {3 * (self.base_channels + 1)} numbers or none, got {len(self.preview)}"
             )
-        factors = (self.base_scale, *self.detail_std)
-        if not all(math.isfinite(value) for value in (self.base_shift, *self.detail_mean, *factors, *self.preview)):
+        for name in ("base_shift", "base_scale"):
+            if (count := len(_numbers(getattr(self, name)))) not in (1, self.base_channels):
+                raise DAVAEError(f"{name} must be one number or {self.base_channels}, got {count}")
+        factors = (*_numbers(self.base_scale), *self.detail_std)
+        shifts = (*_numbers(self.base_shift), *self.detail_mean)
+        if not all(math.isfinite(value) for value in (*shifts, *factors, *self.preview)):
             raise DAVAEError("base_shift, base_scale, detail_mean, detail_std and preview must be finite numbers")
         if not all(value > 0 for value in factors):
             raise DAVAEError("base_scale and every detail_std must be above 0")
@@ -93,12 +95,32 @@ class LatentSpec:
         mean, scale = self._affine(z)
         return z / scale + mean
 
+    def normalise_base(self, z_base: torch.Tensor) -> torch.Tensor:
+        """:meth:`normalise` of the base channels alone, ``[B, C, h, w]``."""
+        shift, scale = (_per_channel(_numbers(value), z_base) for value in (self.base_shift, self.base_scale))
+        return (z_base - shift) * scale
+
+    def denormalise_base(self, z_base: torch.Tensor) -> torch.Tensor:
+        """:meth:`denormalise` of the base channels alone, ``[B, C, h, w]``."""
+        shift, scale = (_per_channel(_numbers(value), z_base) for value in (self.base_shift, self.base_scale))
+        return z_base / scale + shift
+
     def _affine(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Per-channel shift and factor, ``[1, C + D, 1, 1]`` each."""
         self.check(z)
-        mean = z.new_tensor([self.base_shift] * self.base_channels + list(self.detail_mean))
-        scale = z.new_tensor([self.base_scale] * self.base_channels + [1 / std for std in self.detail_std])
-        return mean.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
+        shift, scale = _numbers(self.base_shift), _numbers(self.base_scale)
+        mean = shift * (self.base_channels // len(shift)) + self.detail_mean
+        factor = scale * (self.base_channels // len(scale)) + tuple(1 / std for std in self.detail_std)
+        return _per_channel(mean, z), _per_channel(factor, z)
+
+
+def _numbers(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _per_channel(values: tuple[float, ...], z: torch.Tensor) -> torch.Tensor:
+    """``[1, len(values), 1, 1]`` in the dtype and on the device of ``z``."""
+    return z.new_tensor(values).view(1, -1, 1, 1)
 
 
 def with_base(z: torch.Tensor, z_base: torch.Tensor, spec: LatentSpec) -> torch.Tensor:

@@ -5,6 +5,9 @@ and shifts of colour. Here the layers go one after another, and the *strips* ins
 the true rows above and below its strip, and every group norm the statistics of the whole picture. Nothing has to be
 blended, and the order of the strips does not matter. At most two whole activations are held at a time; what is between
 them lives as long as one strip.
+
+Attention inside a level sees the whole picture at once, as it does in the middle block, which is no part of this. The
+known VAEs have it at their lowest resolution only, where it takes no more memory than the middle block's own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -73,9 +76,9 @@ class Strips:
         """``trunk.levels(h)``: ``[B, width, h, w]``, which is overwritten, to ``[B, 3, f h, f w]``."""
         source: Source = Whole(h)
         for index, level in reversed(list(enumerate(_levels(trunk.up)))):
-            for block in level.block:
+            for i, block in enumerate(level.block):
                 assert isinstance(block, ResnetBlock)
-                h = self._resnet(block, source, index)
+                h = level.attend(i, self._resnet(block, source, index))
                 source = Whole(h)
             if isinstance(level.upsample, Upsample):
                 source = Upsampled(h, level.upsample)
@@ -85,9 +88,9 @@ class Strips:
         """``encoder.levels(x)``: ``[B, 3, H, W]`` to ``[B, width, H/f, W/f]``."""
         h = self._conv(encoder.conv_in, Whole(x), 0)
         for index, level in enumerate(_levels(encoder.down)):
-            for block in level.block:
+            for i, block in enumerate(level.block):
                 assert isinstance(block, ResnetBlock)
-                h = self._resnet(block, Whole(h), index)
+                h = level.attend(i, self._resnet(block, Whole(h), index))
             if isinstance(level.downsample, Downsample):
                 h = self._downsample(level.downsample.conv, h, index + 1)
         return h

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .. import bases
+
 FileKind = Literal[
     "autoencoder",
     "adapter",
@@ -64,9 +66,10 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
         channels = shape("decoder.conv_in.weight")[1]
         return Detected("diffusers vae", f"diffusers' AutoencoderKL with {channels} latent channels (no detail branch)")
     for prefix in ("", *CHECKPOINT_PREFIXES):
-        if f"{prefix}joint_blocks.0.x_block.attn.qkv.weight" in names:
-            channels = shape(f"{prefix}x_embedder.proj.weight")[1] if f"{prefix}x_embedder.proj.weight" in names else 0
-            if kind == "model" or channels > 16:
+        if f"{prefix}{bases.MMDIT.mark}" in names:
+            embedder = f"{prefix}{bases.MMDIT.embedder}weight"
+            channels = shape(embedder)[1] if embedder in names else 0
+            if kind == "model" or channels > bases.SD3.latent_channels:
                 return Detected("model", f"an SD3.5 diffusion model with {channels} channels (a merged DA-VAE model)")
             if any_starts("first_stage_model.", "text_encoders."):
                 return Detected("sd3 checkpoint", "a whole SD3 / SD3.5 checkpoint")
@@ -74,9 +77,12 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
     for prefix in ("", "first_stage_model."):
         if f"{prefix}decoder.conv_in.weight" in names and f"{prefix}encoder.conv_in.weight" in names:
             channels = shape(f"{prefix}decoder.conv_in.weight")[1]
-            if channels == 16:
+            quant = f"{prefix}quant_conv.weight" in names
+            if channels == bases.SD3.latent_channels and not quant:
                 return Detected("sd3 vae", "a plain VAE with 16 latent channels, like SD3's (no detail branch)")
-            return Detected("vae", f"a plain VAE with {channels} latent channels")
+            like = [b.title for b in bases.BASES.values() if (b.latent_channels, b.quant_conv) == (channels, quant)]
+            told = f", like {' or '.join(like)}'s (no detail branch)" if like else ""
+            return Detected("vae", f"a plain VAE with {channels} latent channels{told}")
     if any_starts("model.diffusion_model.input_blocks.", "input_blocks."):
         return Detected("unet", "a Stable Diffusion 1 / 2 / XL model")
     if any(

@@ -11,7 +11,6 @@ import torch
 
 from .. import flow
 from ..errors import DAVAEError
-from ..latent import LatentSpec
 from ..mmdit import MMDiT
 from ..text_encoder import TextEncoder
 from .family import Family
@@ -114,12 +113,7 @@ def adapted_latents(family: Family, prompts: Sequence[Prompt], seed: int, sampli
 def base_latents(family: Family, prompts: Sequence[Prompt], seed: int, sampling: Sampling) -> torch.Tensor:
     """Latents of the base model in the base VAE's units, ``[B, C, h, w]``."""
     spec = family.latent
-    return denormalise_base(_latents(family, family.base, prompts, seed, sampling, spec.base_channels), spec)
-
-
-def denormalise_base(z_base: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
-    """From the base model's units to the base VAE's."""
-    return z_base / spec.base_scale + spec.base_shift
+    return spec.denormalise_base(_latents(family, family.base, prompts, seed, sampling, spec.base_channels))
 
 
 def _latents(

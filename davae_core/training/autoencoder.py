@@ -49,7 +49,10 @@ class AutoencoderRecipe:
     data: DataConfig
     run: RunConfig
     base: Path
-    """File of the base VAE (SD3 layout)."""
+    """File of the base VAE (LDM layout: SD1, SDXL, SD3, VA-VAE), or of a checkpoint with it."""
+    family: str = ""
+    """The base model whose VAE it is: sd1, sdxl, sd3 or vavae, which decides the units of the base latent. "" asks the
+    file's metadata, then the shapes; only SD1 and SDXL cannot be told apart by these."""
     start: Path | None = None
     """DA-VAE file whose weights the run starts from, on the same base VAE; otherwise from the base VAE's own parts."""
     optimiser: OptimiserConfig = OptimiserConfig(weight_decay=1e-4)
@@ -92,7 +95,13 @@ class AutoencoderPhase(Phase):
         if critic is not None and step >= recipe.critic.start:
             self.reconstructions[batch["micro"]] = y.detach()
             losses["adversarial"] = -critic(y).float().mean()
-            losses["loss"] = losses["loss"] + recipe.critic.weight * losses["adversarial"]
+            weight = losses["loss"].new_tensor(recipe.critic.weight)
+            if recipe.critic.adaptive and torch.is_grad_enabled():
+                last = model.decoder.conv_out.weight
+                weight = losses["adversarial_weight"] = weight * gradient_ratio(
+                    losses["loss"], losses["adversarial"], last
+                )
+            losses["loss"] = losses["loss"] + weight * losses["adversarial"]
         return self._aligned(losses, moments, z_base)
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +116,7 @@ class AutoencoderPhase(Phase):
         """The losses with the alignment added."""
         config, spec = self.recipe.alignment, self.model.latent
         mean = moments.chunk(2, dim=1)[0].float()
-        losses["alignment"] = alignment_loss(mean, (z_base - spec.base_shift) * spec.base_scale)
+        losses["alignment"] = alignment_loss(mean, spec.normalise_base(z_base))
         if config.weight:
             weight = losses["loss"].new_tensor(config.weight)
             if config.adaptive and torch.is_grad_enabled():
@@ -136,7 +145,11 @@ class AutoencoderTask:
         torch.manual_seed(recipe.run.seed)
         self.recipe, self.images = recipe, images
         base = base_autoencoder.load(recipe.base)
-        self.model = on_base(base, recipe.detail_channels, recipe.scale, recipe.train_trunk)
+        family = base_autoencoder.base_of_file(recipe.base, base.config, recipe.family)
+        units = family.normalisation or (0.0, 1.0)
+        self.model = on_base(base, recipe.detail_channels, recipe.scale, recipe.train_trunk, units)
+        if family.normalisation is None and recipe.start is None:
+            self.model.set_base_units(*measured_units(self.model, images))
         start_certain(self.model.detail_down.conv)
         if recipe.start is not None:
             start_from(self.model, recipe.start)
@@ -170,30 +183,53 @@ class AutoencoderTask:
         return [path]
 
 
-def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bool) -> DAVAE:
-    """A DA-VAE whose parts are the base VAE's: encoder and decoder frozen, a second decoder to train."""
+Units = tuple[float | tuple[float, ...], float | tuple[float, ...]]
+
+
+@torch.no_grad()
+def measured_units(model: DAVAE, images: script.Images) -> Units:
+    """Shift and scale per channel that give the base latents of the images mean 0 and standard deviation 1.
+
+    To six digits, so that a resumed run, which measures again, has the same ones.
+    """
+    mean, std = script.statistics(model.to(x.device).encode_base(x) for x in images())
+    shift, scale = (tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, 1 / std))
+    return shift, scale
+
+
+def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bool, units: Units = (0.0, 1.0)) -> DAVAE:
+    """A DA-VAE whose parts are the base VAE's: encoder and decoder frozen, a second decoder to train.
+
+    Args:
+        base: the base VAE.
+        detail_channels, scale: D and s.
+        train_trunk: give the detail branch a trunk of its own.
+        units: shift and scale of the base latent.
+    """
     spec = LatentSpec(
         base_channels=base.config.latent_channels,
         detail_channels=detail_channels,
         scale=scale,
         base_factor=base.config.factor,
+        base_shift=units[0],
+        base_scale=units[1],
     )
     model = DAVAE(DAVAEConfig(base=base.config, latent=spec, shared_trunk=not train_trunk, base_decoder=True))
-    decoder = base.decoder.state_dict()
-    assert model.base_decoder is not None
-    model.base_encoder.load_state_dict(base.encoder.state_dict())
-    model.base_decoder.load_state_dict(decoder)
-    model.decoder.load_state_dict({n: t for n, t in decoder.items() if not n.startswith("conv_in.")})
-    if model.detail_trunk is not None:
-        encoder = base.encoder.state_dict()
-        model.detail_trunk.load_state_dict({n: t for n, t in encoder.items() if not n.startswith("conv_out.")})
-    model.base_encoder.requires_grad_(False)
-    model.base_decoder.requires_grad_(False)
+    own = {f"base_{name}": tensor for name, tensor in base.state_dict().items()}
+    decoder = base.decoder.state_dict(prefix="decoder.")
+    own |= {n: t for n, t in decoder.items() if not n.startswith("decoder.conv_in.")}
+    if not model.config.shared_trunk:
+        encoder = base.encoder.state_dict(prefix="detail_trunk.")
+        own |= {n: t for n, t in encoder.items() if not n.startswith("detail_trunk.conv_out.")}
+    model.load_state_dict(model.state_dict() | own)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("base_"))
     return model
 
 
 def start_from(model: DAVAE, path: Path) -> None:
-    """Give ``model`` the weights of a trained DA-VAE; the base VAE's stay its own.
+    """Give ``model`` the weights of a trained DA-VAE, and the units of the base latent that these were trained in; the
+    base VAE's weights stay its own.
 
     Raises:
         CheckpointError: the file is no DA-VAE.
@@ -202,7 +238,7 @@ def start_from(model: DAVAE, path: Path) -> None:
     trained = checkpoints.load_autoencoder(path, torch.float32)
     own, new = model.state_dict(), trained.state_dict()
     if trained.base_decoder is None:
-        new |= {name: tensor for name, tensor in own.items() if name.startswith("base_decoder.")}
+        new |= {name: tensor for name, tensor in own.items() if name.startswith(("base_decoder.", "base_post_"))}
     if other := sorted(
         n for n in own.keys() | new.keys() if n not in own or n not in new or own[n].shape != new[n].shape
     ):
@@ -210,13 +246,15 @@ def start_from(model: DAVAE, path: Path) -> None:
     if any(not torch.allclose(own[n], new[n], atol=2e-3, rtol=2e-3) for n in own if n.startswith("base_encoder.")):
         raise DAVAEError(f"{path.name} was made on another base VAE than this recipe's; give the one it was made on")
     model.load_state_dict({n: own[n] if n.startswith("base_") else new[n] for n in own})
+    model.set_base_units(trained.latent.base_shift, trained.latent.base_scale)
 
 
 def main(args: list[str] | None = None) -> int:
     """Train from the command line."""
+    from .recipes import imagenet
     from .tiny.recipes import AUTOENCODER
 
-    recipe = from_command_line(AUTOENCODER, __doc__, args)
+    recipe = from_command_line({**AUTOENCODER, **imagenet.AUTOENCODER}, __doc__, args)
     factor = base_autoencoder.load(recipe.base).config.factor * recipe.scale
     return script.launch(recipe, factor, lambda images: AutoencoderTask(recipe, images))
 

@@ -1,8 +1,8 @@
-"""Train a KL autoencoder in the SD3 VAE's layout from nothing: the base of the tiny models.
+"""Train a KL autoencoder in the LDM layout from nothing: the base of the tiny models.
 
     python -m davae_core.training.base_autoencoder micro --help
 
-Writes base_autoencoder.safetensors, scaled so that the latent has the spread that SD3's normalisation expects.
+Writes base_autoencoder.safetensors, scaled so that the latent has the spread that its family's normalisation expects.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from .. import bases
 from ..autoencoder import Autoencoder, AutoencoderConfig
 from ..checkpoints import files
-from ..latent import BASE_NORMALISATION
+from ..errors import CheckpointError
 from . import script
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
@@ -22,6 +23,8 @@ from .report import tile
 from .task import Batch, Losses, Phase
 
 FILE = "base_autoencoder.safetensors"
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+IN_A_CHECKPOINT = "first_stage_model."
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class BaseAutoencoderRecipe:
     optimiser: OptimiserConfig = OptimiserConfig()
     losses: ReconstructionConfig = ReconstructionConfig(perceptual=0.0)
     model: AutoencoderConfig = AutoencoderConfig()
+    family: str = ""
+    """The base model whose units the latent is made for (sd1, sdxl, sd3, vavae); "" tells it from the shapes."""
 
 
 class BaseAutoencoderPhase(Phase):
@@ -46,18 +51,19 @@ class BaseAutoencoderPhase(Phase):
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
         x = batch["image"]
-        moments = self.model.encoder(x)
+        moments = self.model.moments(x)
         noise = Draws(self.seed, step, batch["position"]).normal("latent", moments.chunk(2, dim=1)[0])
-        return self.losses(x, self.model.decoder(sampled(moments, noise)), moments)
+        return self.losses(x, self.model.decode(sampled(moments, noise)), moments)
 
 
 class BaseAutoencoderTask:
-    """Trains :class:`BaseAutoencoderPhase` and leaves a file in the SD3 VAE's layout."""
+    """Trains :class:`BaseAutoencoderPhase` and leaves a file in the LDM layout."""
 
     def __init__(self, recipe: BaseAutoencoderRecipe, images: script.Images) -> None:
         torch.manual_seed(recipe.run.seed)
+        self.base = bases.base_of(recipe.model, recipe.family)
         self.model = Autoencoder(recipe.model)
-        start_certain(self.model.encoder.conv_out)
+        start_certain(self.model.quant_conv or self.model.encoder.conv_out)
         if recipe.run.compile:
             self.model.encoder.compile()
             self.model.decoder.compile()
@@ -76,34 +82,55 @@ class BaseAutoencoderTask:
         return tile([x, self.model.decode(self.model.encode(x)).float()])
 
     def export(self, folder: Path) -> list[Path]:
-        """The autoencoder in fp32."""
-        _, std = script.statistics(self.model.encode(x) for x in self.images())
-        spread = float(std.square().mean().sqrt())
-        wanted = 1 / BASE_NORMALISATION[self.model.config.latent_channels][1]
-        state = scaled(self.model.state_dict(), wanted / spread)
-        files.save(folder / FILE, state, {"modelspec.title": "Base autoencoder"})
+        """The autoencoder in fp32, with the name of its family."""
+        state = self.model.state_dict()
+        if self.base.normalisation is not None:
+            _, std = script.statistics(self.model.encode(x) for x in self.images())
+            spread = float(std.square().mean().sqrt())
+            state = scaled(state, 1 / self.base.normalisation[1] / spread)
+        family = {bases.BASE_KEY: self.base.name} if self.base.name else {}
+        files.save(folder / FILE, state, {"modelspec.title": "Base autoencoder", **family})
         return [folder / FILE]
 
 
 def scaled(state: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
     """The same autoencoder with a latent ``factor`` times as large: folded into the two convolutions beside it."""
     state = dict(state)
-    weight, bias = state["encoder.conv_out.weight"].clone(), state["encoder.conv_out.bias"].clone()
+    before, after = "encoder.conv_out", "decoder.conv_in"
+    if "quant_conv.weight" in state:
+        before, after = "quant_conv", "post_quant_conv"
+    weight, bias = state[f"{before}.weight"].clone(), state[f"{before}.bias"].clone()
     channels = weight.shape[0] // 2  # means first, then log-variances
     weight[:channels] *= factor
     bias[:channels] *= factor
     bias[channels:] += 2 * torch.log(torch.tensor(factor))
-    state["encoder.conv_out.weight"], state["encoder.conv_out.bias"] = weight, bias
-    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"] / factor
+    state[f"{before}.weight"], state[f"{before}.bias"] = weight, bias
+    state[f"{after}.weight"] = state[f"{after}.weight"] / factor
     return state
 
 
 def load(path: Path) -> Autoencoder:
-    """The autoencoder in a file in the SD3 VAE's layout, as :meth:`BaseAutoencoderTask.export` writes it."""
+    """The autoencoder in a file in the LDM layout: of a VAE, or of a whole checkpoint; in fp32.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no such autoencoder.
+    """
     state, _ = files.read(path)
-    model = Autoencoder(AutoencoderConfig.from_state_dict(state))
-    model.load_state_dict(state)
+    prefix = IN_A_CHECKPOINT if f"{IN_A_CHECKPOINT}encoder.conv_in.weight" in state else ""
+    parts = tuple(f"{prefix}{part}" for part in PARTS)
+    state = {name.removeprefix(prefix): t.float() for name, t in state.items() if name.startswith(parts)}
+    try:
+        model = Autoencoder(AutoencoderConfig.from_state_dict(state))
+        model.load_state_dict(state)
+    except (CheckpointError, RuntimeError) as problem:
+        told = " ".join(line.strip() for line in str(problem).splitlines()[:3])
+        raise CheckpointError(f"{path.name} holds no VAE that a DA-VAE can be made on: {told}") from problem
     return model.eval()
+
+
+def base_of_file(path: Path, config: AutoencoderConfig, family: str = "") -> bases.Base:
+    """Which base model the VAE in a file belongs to, see :func:`davae_core.bases.base_of`."""
+    return bases.base_of(config, family, files.read_metadata(path)[1])
 
 
 def main(args: list[str] | None = None) -> int:

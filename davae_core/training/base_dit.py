@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import checkpoints, flow, tiny
+from .. import bases, checkpoints, flow, tiny
 from ..checkpoints import files
 from ..errors import DAVAEError
 from ..evaluation import generate
-from ..latent import BASE_NORMALISATION
 from ..mmdit import MMDiT, MMDiTConfig, sincos_grid
 from ..text_encoder import TextEncoder, TextEncoderConfig
 from . import base_autoencoder, script, sources
@@ -114,7 +113,7 @@ class BaseDiTTask:
     def __init__(self, recipe: BaseDiTRecipe, images: script.Images) -> None:
         self.recipe = recipe
         self.autoencoder = base_autoencoder.load(recipe.autoencoder).requires_grad_(False)
-        self.shift, self.scale = BASE_NORMALISATION[self.autoencoder.config.latent_channels]
+        self.shift, self.scale = bases.SD3_SHIFT, bases.SD3_SCALE
         captions = [caption for source in sources.index(recipe.data.images) for caption in source.captions]
         if not any(captions):
             raise DAVAEError("none of the images has a caption; put a .txt beside each image")

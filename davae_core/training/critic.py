@@ -16,6 +16,9 @@ class CriticConfig:
 
     weight: float = 0.0
     """Of the adversarial loss; 0 for none."""
+    adaptive: bool = False
+    """Multiply the weight by the ratio of the gradients of the other losses and of the adversarial loss, on the
+    decoder's last layer."""
     start: int = 5000
     """First step with a critic."""
     width: int = 64

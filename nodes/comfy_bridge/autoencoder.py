@@ -223,17 +223,12 @@ class _BaseStage(_Stage):
     """The base VAE alone."""
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The base VAE's tensors under the names of an SD3 VAE file."""
-        parts = {"encoder.": self.model.base_encoder, "decoder.": self.model.base_decoder}
-        return {
-            f"{prefix}{name}": tensor
-            for prefix, part in parts.items()
-            if part is not None
-            for name, tensor in part.state_dict(*args, **kwargs).items()
-        }
+        """The base VAE's tensors under the names of its own file."""
+        state = self.model.state_dict(*args, **kwargs)
+        return {name.removeprefix("base_"): tensor for name, tensor in state.items() if name.startswith("base_")}
 
     def encode(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
-        return self.model.base_encoder(x).chunk(2, dim=1)[0]
+        return self.model.encode_small(x)
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
         channels = self.model.latent.base_channels
@@ -247,16 +242,9 @@ class _BaseStage(_Stage):
 
 def _minute_vae() -> comfy.sd.VAE:
     """A stock VAE object around the smallest autoencoder its constructor takes."""
-    tiny = AutoencoderConfig(widths=(32,), blocks=1, latent_channels=4)
-    quantisers = {
-        f"{name}.{part}": torch.zeros(shape)
-        for name, size in (("quant_conv", 8), ("post_quant_conv", 4))
-        for part, shape in (("weight", (size, size, 1, 1)), ("bias", (size,)))
-    }
+    tiny = Autoencoder(AutoencoderConfig(widths=(32,), blocks=1, latent_channels=4, quant_conv=True))
     shape = {
         "double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1],
         "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
     }  # fmt: skip
-    return comfy.sd.VAE(
-        sd={**Autoencoder(tiny).state_dict(), **quantisers}, config={"params": {"ddconfig": shape, "embed_dim": 4}}
-    )
+    return comfy.sd.VAE(sd=tiny.state_dict(), config={"params": {"ddconfig": shape, "embed_dim": 4}})

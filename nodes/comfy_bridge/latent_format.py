@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import comfy.latent_formats
 import torch
 
+from ...davae_core import bases
 from ...davae_core.errors import LatentError
 from ...davae_core.latent import LatentSpec
 
@@ -32,6 +33,16 @@ def colour_previews(format: comfy.latent_formats.LatentFormat, preview: Sequence
         format.taesd_decoder_name = None
 
 
+def base_colours(spec: LatentSpec) -> comfy.latent_formats.LatentFormat:
+    """A format with the preview colours of the base latent: the file's own, else those that ComfyUI knows of the base
+    model, else none, for other colours would show another picture."""
+    base = bases.base_of_latent(spec.base_channels, spec.base_factor, (spec.base_shift, spec.base_scale))
+    known = getattr(comfy.latent_formats, base.comfyui_latents, None) if base else None
+    format = known() if known else comfy.latent_formats.LatentFormat()
+    colour_previews(format, spec.preview)
+    return format
+
+
 def latent_format(spec: LatentSpec) -> type[comfy.latent_formats.LatentFormat]:
     """A class, because ComfyUI's model configs instantiate theirs without arguments."""
 
@@ -43,10 +54,14 @@ def latent_format(spec: LatentSpec) -> type[comfy.latent_formats.LatentFormat]:
 
         def __init__(self) -> None:
             super().__init__()
-            colour_previews(self, spec.preview)
-            base = self.latent_rgb_factors[: spec.base_channels]  # type: ignore[has-type]
+            base = base_colours(spec)
             self.taesd_decoder_name = None
-            self.latent_rgb_factors = base + [[0.0, 0.0, 0.0]] * (spec.channels - len(base))
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = (
+                base.latent_rgb_factors,
+                base.latent_rgb_factors_bias,
+            )
+            if base.latent_rgb_factors is not None:
+                self.latent_rgb_factors = base.latent_rgb_factors + [[0.0, 0.0, 0.0]] * spec.detail_channels
 
         def process_in(self, latent: torch.Tensor) -> torch.Tensor:
             require_channels(spec, latent.shape)

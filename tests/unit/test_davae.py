@@ -176,8 +176,9 @@ def test_a_shortcut_that_does_not_divide_starts_as_a_zero_convolution() -> None:
 @pytest.mark.parametrize(
     ("block", "shuffle"),
     [
-        (DownBlock(8, 4, 2), lambda h: F.pixel_unshuffle(h, 2)),
+        (DownBlock(8, 8, 2), lambda h: F.pixel_unshuffle(h, 2)),
         (DownBlock(8, 6, 2), lambda h: h),  # 6 is no multiple of 4: a convolution of stride 2
+        (DownBlock(8, 12, 2), lambda h: h),  # means and log-variances would share one of three channels
         (UpBlock(8, 8, 2), lambda h: F.pixel_shuffle(h, 2)),
     ],
 )

@@ -90,7 +90,7 @@ def preview_of(davae: DAVAE, folder: Path) -> tuple[float, ...]:
     x = torch.stack([images.read_image(path) for path in paths])
     z = torch.cat([davae.encode_base(part) for part in x.split(16)])
     colours = F.avg_pool2d(x, davae.latent.factor)
-    return fit_preview((z - davae.latent.base_shift) * davae.latent.base_scale, colours)
+    return fit_preview(davae.latent.normalise_base(z), colours)
 
 
 def main(args: list[str] | None = None) -> int:

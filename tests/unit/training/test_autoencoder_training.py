@@ -8,9 +8,9 @@ import torch
 
 from davae_core import checkpoints
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig, Encoder
+from davae_core.bases import SD3_SCALE
 from davae_core.checkpoints import files
 from davae_core.errors import DAVAEError
-from davae_core.latent import BASE_NORMALISATION
 from davae_core.training import data, script, state
 from davae_core.training.autoencoder import gradient_ratio, on_base
 from davae_core.training.base_autoencoder import load, scaled
@@ -57,7 +57,7 @@ def test_the_exported_base_latent_has_the_spread_that_sd3_expects(stages: Any) -
     recipe = from_command_line(BASE_AUTOENCODER, "", command)
     model = load(stages.file("base_autoencoder"))
     _, std = script.statistics(model.encode(x) for x in survey(recipe, 8))
-    assert float(std.square().mean().sqrt()) * BASE_NORMALISATION[16][1] == pytest.approx(1, rel=1e-4)
+    assert float(std.square().mean().sqrt()) * SD3_SCALE == pytest.approx(1, rel=1e-4)
 
 
 @torch.no_grad()

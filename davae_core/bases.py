@@ -1,0 +1,167 @@
+"""The base models that a DA-VAE can stand on: all that is particular to each of them, in one table.
+
+A base is a VAE in the LDM layout (:mod:`davae_core.autoencoder`), the units its diffusion model sees latents in, and,
+where adapters can be made for it, the names of what an adapter changes in that diffusion model. Another base is another
+entry of :data:`BASES`; an adapter for another kind of diffusion model also takes that model's own modules.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .autoencoder import AutoencoderConfig
+from .errors import DAVAEError
+
+BASE_KEY = "davae.base"  # in the metadata of a VAE's file: a key of BASES
+ARCHITECTURE_KEY = "modelspec.architecture"
+
+
+@dataclass(frozen=True)
+class DiffusionLayout:
+    """Names in a diffusion model's checkpoint, and in LoRA files for it.
+
+    Attributes:
+        embedder, head: where the names of the patch embedder's and the head's tensors start.
+        block: where those of block ``{}`` start.
+        lora_block: the same in a LoRA file (diffusers' names).
+        lora_modules: LoRA module to (weight within the block, which third of a fused projection or None).
+        lora_targets: the modules that the paper puts LoRA on.
+        not_in_the_last_block: the modules that the last block lacks.
+        mark: a tensor that only a model of this kind has.
+    """
+
+    embedder: str
+    head: str
+    block: str
+    lora_block: str
+    lora_modules: Mapping[str, tuple[str, int | None]] = field(hash=False)
+    lora_targets: tuple[str, ...]
+    not_in_the_last_block: tuple[str, ...]
+    mark: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model's VAE and what is known of the diffusion model on it.
+
+    Attributes:
+        name: key of :data:`BASES`.
+        title: for people.
+        latent_channels, factor, quant_conv: of the VAE; what it is told by.
+        normalisation: (shift, scale): the diffusion model sees ``(z - shift) * scale``. None where that is measured
+            per channel and not published with the model.
+        architectures: how ``modelspec.architecture`` begins in the metadata of the family's files.
+        comfyui_latents: the class of ``comfy.latent_formats`` that knows the preview colours, or "".
+        diffusion: of the diffusion model that adapters are for; None where there are none.
+    """
+
+    name: str
+    title: str
+    latent_channels: int
+    factor: int
+    quant_conv: bool
+    normalisation: tuple[float, float] | None
+    architectures: tuple[str, ...] = ()
+    comfyui_latents: str = ""
+    diffusion: DiffusionLayout | None = None
+
+    def fits(self, config: AutoencoderConfig) -> bool:
+        """Whether a VAE has this base's channels, factor and convolutions; the widths are its own affair."""
+        told = (config.latent_channels, config.factor, config.quant_conv)
+        return told == (self.latent_channels, self.factor, self.quant_conv)
+
+
+# Source: the SD3.5 checkpoints, and diffusers' SD3 transformer for the LoRA names.
+MMDIT = DiffusionLayout(
+    embedder="x_embedder.proj.",
+    head="final_layer.linear.",
+    block="joint_blocks.{}.",
+    lora_block="transformer.transformer_blocks.{}.",
+    lora_modules={
+        **{f"attn.to_{name}": ("x_block.attn.qkv", i) for i, name in enumerate("qkv")},
+        "attn.to_out.0": ("x_block.attn.proj", None),
+        **{f"attn2.to_{name}": ("x_block.attn2.qkv", i) for i, name in enumerate("qkv")},
+        "attn2.to_out.0": ("x_block.attn2.proj", None),
+        **{f"attn.add_{name}_proj": ("context_block.attn.qkv", i) for i, name in enumerate("qkv")},
+        "attn.to_add_out": ("context_block.attn.proj", None),
+        "ff.net.0.proj": ("x_block.mlp.fc1", None),
+        "ff.net.2": ("x_block.mlp.fc2", None),
+        "ff_context.net.0.proj": ("context_block.mlp.fc1", None),
+        "ff_context.net.2": ("context_block.mlp.fc2", None),
+        "norm1.linear": ("x_block.adaLN_modulation.1", None),
+    },
+    lora_targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2", "norm1.linear"),
+    # The last block's text tokens are read by nobody, so it has no layers after its attention for them.
+    not_in_the_last_block=("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2"),
+    mark="joint_blocks.0.x_block.attn.qkv.weight",
+)
+
+SD3_SHIFT, SD3_SCALE = 0.0609, 1.5305
+
+# Source of the units: the configurations of the releases (``scale_factor`` of SD1 and SDXL, shift and scale of SD3).
+# VA-VAE (arXiv 2501.01423) is used with the statistics of each of its 32 channels, which are not in its publication.
+SD1 = Base("sd1", "SD1 / SD2", 4, 8, True, (0.0, 0.18215), ("stable-diffusion-v1", "stable-diffusion-v2"), "SD15")
+SDXL = Base("sdxl", "SDXL", 4, 8, True, (0.0, 0.13025), ("stable-diffusion-xl",), "SDXL")
+SD3 = Base("sd3", "SD3 / SD3.5", 16, 8, False, (SD3_SHIFT, SD3_SCALE), ("stable-diffusion-v3",), "SD3", MMDIT)
+VAVAE = Base("vavae", "VA-VAE", 32, 16, True, None)
+
+BASES = {base.name: base for base in (SD1, SDXL, SD3, VAVAE)}
+
+
+def base_of(config: AutoencoderConfig, name: str = "", metadata: Mapping[str, str] | None = None) -> Base:
+    """Which base a VAE belongs to: the one that is named, else the one its file's metadata names, else by its shapes.
+
+    Args:
+        config: the VAE's shapes.
+        name: key of :data:`BASES`; "" leaves it to the file.
+        metadata: of the VAE's file: ``davae.base`` (a key), or else ``modelspec.architecture``.
+
+    Returns:
+        The base; one of no name, whose units have to be measured, for a VAE whose shapes are none of the table's.
+
+    Raises:
+        DAVAEError: nothing is named and the shapes fit several bases (SD1 and SDXL), or what is named does not fit.
+    """
+    if named := name or _told(metadata or {}):
+        if named not in BASES:
+            raise DAVAEError(f"there is no base model {named!r}, expected one of {', '.join(BASES)}")
+        if not BASES[named].fits(config):
+            raise DAVAEError(
+                f"the VAE is not that of {BASES[named].title}: {_shape(BASES[named])}, got {_shape(config)}"
+            )
+        return BASES[named]
+    fitting = [base for base in BASES.values() if base.fits(config)]
+    if len(fitting) > 1:
+        names = " or ".join(base.name for base in fitting)
+        raise DAVAEError(
+            f"the VAE ({_shape(config)}) can be that of {' or of '.join(base.title for base in fitting)}: the same "
+            f"shapes, but other units. Say which it is, with `family` set to {names}, or with {BASE_KEY!r} in the "
+            "metadata of its file"
+        )
+    if fitting:
+        return fitting[0]
+    return Base("", "an unknown model", config.latent_channels, config.factor, config.quant_conv, None)
+
+
+def base_of_latent(channels: int, factor: int, normalisation: tuple[object, object]) -> Base | None:
+    """The base whose latents have these channels, this factor and these units, or None."""
+    told = (channels, factor, normalisation)
+    return next((b for b in BASES.values() if (b.latent_channels, b.factor, b.normalisation) == told), None)
+
+
+def normalisation_by_shape(config: AutoencoderConfig) -> tuple[float, float]:
+    """(shift, scale) of the one base that the shapes fit; (0, 1), which is none, where they leave it open."""
+    known = [base.normalisation for base in BASES.values() if base.fits(config) and base.normalisation]
+    return known[0] if len(known) == 1 else (0.0, 1.0)
+
+
+def _told(metadata: Mapping[str, str]) -> str:
+    """The base that a file's metadata names, or ""."""
+    if BASE_KEY in metadata:
+        return metadata[BASE_KEY]
+    architecture = metadata.get(ARCHITECTURE_KEY, "").lower()
+    return next((base.name for base in BASES.values() if architecture.startswith(base.architectures)), "")
+
+
+def _shape(vae: Base | AutoencoderConfig) -> str:
+    quant = "with" if vae.quant_conv else "without"
+    return f"{vae.latent_channels} channels at 1/{vae.factor}, {quant} quant_conv"

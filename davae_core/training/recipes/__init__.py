@@ -1,0 +1,1 @@
+"""Recipes for full-size models: the paper's figures, each deviation commented."""

@@ -1,0 +1,117 @@
+"""Which base model a VAE belongs to, and the units of its latents: the table, the rule, the errors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from davae_core.autoencoder import AutoencoderConfig
+from davae_core.bases import BASES, MMDIT, SD1, SD3, SDXL, VAVAE, base_of, base_of_latent, normalisation_by_shape
+from davae_core.errors import DAVAEError
+from davae_core.latent import LatentSpec
+from davae_core.mmdit import MMDiT, MMDiTConfig
+
+SD_VAE = AutoencoderConfig((32, 32, 64, 64), 1, latent_channels=4, quant_conv=True)
+SD3_VAE = AutoencoderConfig((32, 32, 64, 64), 1)
+VA_VAE = AutoencoderConfig((32, 32, 64, 64, 128), 1, latent_channels=32, quant_conv=True, attention=(4,))
+UNKNOWN = AutoencoderConfig((32, 32, 64), 1, latent_channels=3, quant_conv=True)
+
+
+@pytest.mark.parametrize(("config", "base"), [(SD3_VAE, SD3), (VA_VAE, VAVAE)])
+def test_shapes_tell_the_base_where_one_alone_has_them(config: AutoencoderConfig, base: object) -> None:
+    assert base_of(config) is base
+
+
+def test_sd1_and_sdxl_are_not_guessed() -> None:
+    with pytest.raises(DAVAEError, match=r"SD1 / SD2 or of SDXL.*`family` set to sd1 or sdxl.*davae\.base"):
+        base_of(SD_VAE)
+    assert normalisation_by_shape(SD_VAE) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "base"),
+    [
+        ({"davae.base": "sdxl"}, SDXL),
+        ({"davae.base": "sd1", "modelspec.architecture": "stable-diffusion-xl-v1-base"}, SD1),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-base"}, SDXL),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, SD1),
+    ],
+)
+def test_the_metadata_of_the_file_tells_them_apart(metadata: dict[str, str], base: object) -> None:
+    assert base_of(SD_VAE, metadata=metadata) is base
+
+
+def test_what_the_user_names_goes_before_the_metadata() -> None:
+    assert base_of(SD_VAE, "sd1", {"davae.base": "sdxl"}) is SD1
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "message"),
+    [
+        ("sd4", {}, "no base model 'sd4', expected one of sd1, sdxl, sd3, vavae"),
+        ("", {"davae.base": "other"}, "no base model 'other'"),
+        ("vavae", {}, "not that of VA-VAE: 32 channels at 1/16, with quant_conv, got 4 channels at 1/8"),
+    ],
+)
+def test_a_wrong_name_is_refused(name: str, metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(DAVAEError, match=message):
+        base_of(SD_VAE, name, metadata)
+
+
+def test_an_unknown_vae_has_no_units() -> None:
+    base = base_of(UNKNOWN)
+    assert (base.name, base.normalisation) == ("", None)
+    assert base.fits(UNKNOWN) and not base.fits(replace(UNKNOWN, quant_conv=False))
+
+
+@pytest.mark.parametrize("base", [SD1, SDXL, SD3])
+def test_a_latent_of_known_units_tells_its_base(base: object) -> None:
+    assert base_of_latent(base.latent_channels, base.factor, base.normalisation) is base
+    assert base_of_latent(base.latent_channels, base.factor, (0.0, 1.0)) is None
+
+
+def test_the_units_are_those_of_the_releases() -> None:
+    assert {name: base.normalisation for name, base in BASES.items()} == {
+        "sd1": (0.0, 0.18215),
+        "sdxl": (0.0, 0.13025),
+        "sd3": (0.0609, 1.5305),
+        "vavae": None,
+    }
+
+
+def test_the_names_of_the_diffusion_model_are_its_own() -> None:
+    with torch.device("meta"):
+        names = set(MMDiT(MMDiTConfig(hidden=128, depth=3, grid=8, dual_attention=(0,))).state_dict())
+    assert MMDIT.mark in names
+    assert {f"{part}{kind}" for part in (MMDIT.embedder, MMDIT.head) for kind in ("weight", "bias")} <= names
+    for module, (weight, _) in MMDIT.lora_modules.items():
+        assert f"{MMDIT.block.format(0)}{weight}.weight" in names
+        in_the_last = f"{MMDIT.block.format(2)}{weight}.weight" in names
+        assert in_the_last == (module not in MMDIT.not_in_the_last_block and not module.startswith("attn2."))
+
+
+# One number, or one for each channel
+
+
+def test_units_per_channel_normalise_each_channel_by_its_own() -> None:
+    shift, scale = (1.0, -2.0, 0.0, 0.5), (1.0, 0.5, 2.0, 4.0)
+    spec = LatentSpec(4, 4, base_shift=shift, base_scale=scale)
+    z = torch.randn(2, 8, 3, 3)
+    expected = torch.stack([(z[:, i] - shift[i]) * scale[i] for i in range(4)], dim=1)
+    assert torch.allclose(spec.normalise_base(z[:, :4]), expected)
+    assert torch.allclose(spec.normalise(z), torch.cat([expected, z[:, 4:]], dim=1))
+    assert torch.allclose(spec.denormalise(spec.normalise(z)), z, atol=1e-6)
+    assert torch.allclose(spec.denormalise_base(expected), z[:, :4], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("units", "message"),
+    [
+        ({"base_shift": (0.0, 0.0)}, "base_shift must be one number or 4, got 2"),
+        ({"base_scale": (1.0, 1.0, 0.0, 1.0)}, "above 0"),
+        ({"base_shift": (0.0, float("nan"), 0.0, 0.0)}, "finite"),
+    ],
+)
+def test_units_that_make_no_sense_are_refused(units: dict[str, tuple[float, ...]], message: str) -> None:
+    with pytest.raises(DAVAEError, match=message):
+        LatentSpec(4, 4, **units)
