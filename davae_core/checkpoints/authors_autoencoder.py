@@ -200,7 +200,7 @@ def _encoded(source: Tensors, original: Tensors, x: torch.Tensor, latent: Latent
         moments = moments + torch.stack([part.mean(1) for part in shortcut.chunk(moments.shape[1], dim=1)], dim=1)
     small = F.interpolate(x, [side // latent.scale for side in x.shape[-2:]], mode="bicubic", align_corners=False)
     base = reference.encode(original, 2 * small.clamp(0, 1) - 1)
-    return torch.cat([moments.chunk(2, dim=1)[0], (base - latent.base_shift) * latent.base_scale], dim=1)
+    return torch.cat([moments.chunk(2, dim=1)[0], latent.normalise_base(base)], dim=1)
 
 
 def _decoded(source: Tensors, z: torch.Tensor, scale: int) -> torch.Tensor:
@@ -221,7 +221,7 @@ def _compare(model: DAVAE, source: Tensors, original: Tensors, file: str) -> flo
     theirs = _encoded(source, original, x, latent)
     z = copy.encode(2 * x - 1)
     base, detail = latent.split(z)
-    ordered = torch.cat([detail, (base - latent.base_shift) * latent.base_scale], dim=1)
+    ordered = torch.cat([detail, latent.normalise_base(base)], dim=1)
     drawn = torch.randn(z.shape, generator=draw)
     base, detail = latent.split(latent.denormalise(drawn))
     shown = _decoded(source, torch.cat([detail, drawn[:, : latent.base_channels]], dim=1), latent.scale)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapter import Recommended
+from ..bases import BASES
 from ..errors import CheckpointError
-from ..latent import BASE_NORMALISATION
 from ..mmdit import MMDiTConfig
 from . import authors_adapter, authors_autoencoder, command, export, files, lora, metadata, native, tensors, verify
 from .opening import Opened, Part, open_any
@@ -98,7 +98,7 @@ def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -
     if metadata.kind_of(opened.told):
         return dict(opened.told)
     channels = MMDiTConfig.from_state_dict(part.native.meta).in_channels
-    if channels in BASE_NORMALISATION:
+    if channels in {base.latent_channels for base in BASES.values() if base.diffusion}:
         return plain
     folder = opened.path if opened.path.is_dir() else opened.path.parent
     beside = [place / export.LATENT for place in (folder, folder.parent) if (place / export.LATENT).is_file()]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..autoencoder import NORM_GROUPS, Autoencoder, AutoencoderConfig
+from ..bases import normalisation_by_shape
 from ..errors import CheckpointError
-from ..latent import BASE_NORMALISATION
 from ..mmdit import HEAD_DIM, MMDiT, MMDiTConfig
 from .names import Rule
 
@@ -127,6 +127,7 @@ def vae_config(theirs: Mapping[str, torch.Tensor]) -> AutoencoderConfig:
             blocks=_count(theirs, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight"),
             latent_channels=theirs["encoder.conv_out.weight"].shape[0] // 2,
             image_channels=theirs["encoder.conv_in.weight"].shape[1],
+            quant_conv="quant_conv.weight" in theirs,
         )
     except KeyError as missing:
         raise CheckpointError(f"not diffusers' AutoencoderKL: the tensor {missing} is not there") from missing
@@ -170,7 +171,7 @@ def _vae_rule(name: str, levels: int) -> Rule:
 
 def vae_json(config: AutoencoderConfig) -> dict[str, Any]:
     """What ``AutoencoderKL.from_pretrained`` reads."""
-    shift, scale = BASE_NORMALISATION.get(config.latent_channels, (0.0, 1.0))
+    shift, scale = normalisation_by_shape(config)
     levels = len(config.widths)
     return {
         "_class_name": "AutoencoderKL",
@@ -187,6 +188,6 @@ def vae_json(config: AutoencoderConfig) -> dict[str, Any]:
         "scaling_factor": scale,
         "shift_factor": shift,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_post_quant_conv": False,
-        "use_quant_conv": False,
+        "use_post_quant_conv": config.quant_conv,
+        "use_quant_conv": config.quant_conv,
     }

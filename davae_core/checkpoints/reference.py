@@ -72,7 +72,10 @@ def encoder_features(w: Weights, x: torch.Tensor) -> torch.Tensor:
 
 def encode(w: Weights, x: torch.Tensor) -> torch.Tensor:
     """``[B, 3, H, W]`` in [-1, 1] to the mean latent ``[B, C, H/f, W/f]``."""
-    return _conv(w, "encoder.conv_out", encoder_features(w, x)).chunk(2, dim=1)[0]
+    moments = _conv(w, "encoder.conv_out", encoder_features(w, x))
+    if "quant_conv.weight" in w:
+        moments = F.conv2d(moments, _get(w, "quant_conv.weight"), _get(w, "quant_conv.bias"))
+    return moments.chunk(2, dim=1)[0]
 
 
 def decode_features(w: Weights, h: torch.Tensor) -> torch.Tensor:
@@ -90,6 +93,8 @@ def decode_features(w: Weights, h: torch.Tensor) -> torch.Tensor:
 
 def decode(w: Weights, z: torch.Tensor) -> torch.Tensor:
     """Latent ``[B, C, h, w]`` to an image ``[B, 3, f h, f w]``."""
+    if "post_quant_conv.weight" in w:
+        z = F.conv2d(z, _get(w, "post_quant_conv.weight"), _get(w, "post_quant_conv.bias"))
     return decode_features(w, _conv(w, "decoder.conv_in", z))
 
 
