@@ -32,17 +32,17 @@ def shaken(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     return module.eval()
 
 
-def make_kl(seed: int) -> AutoencoderKL:
+def make_kl(seed: int, channels: int = 16, quant_conv: bool = False) -> AutoencoderKL:
     kl = AutoencoderKL(
         block_out_channels=WIDTHS,
         down_block_types=("DownEncoderBlock2D",) * LEVELS,
         up_block_types=("UpDecoderBlock2D",) * LEVELS,
-        latent_channels=16,
+        latent_channels=channels,
         layers_per_block=1,
         shift_factor=0.0609,
         scaling_factor=1.5305,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        use_quant_conv=quant_conv,
+        use_post_quant_conv=quant_conv,
     )
     return shaken(kl, seed)
 
@@ -67,6 +67,11 @@ def make_transformer(seed: int = 1, channels: int = 16) -> SD3Transformer2DModel
 @pytest.fixture(scope="session")
 def kl() -> AutoencoderKL:
     return make_kl(0)
+
+
+@pytest.fixture(scope="session")
+def sd1_kl() -> AutoencoderKL:
+    return make_kl(3, channels=4, quant_conv=True)
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,19 @@ def test_a_pipeline_folder_predicts_and_draws_the_same_here(
     assert torch.allclose(vae.decode(z), kl.decode(z).sample, atol=1e-4)
 
 
+def test_a_vae_with_quant_convs_is_read_and_written(sd1_kl: AutoencoderKL, tmp_path: Path, run) -> None:
+    sd1_kl.save_pretrained(tmp_path / "vae")
+    (written,) = run(tmp_path / "vae", tmp_path / "vae.safetensors")
+    vae, x = vae_of(written), torch.rand(1, 3, 32, 48) * 2 - 1
+    z = sd1_kl.encode(x).latent_dist.mode()
+    assert torch.allclose(vae.encode(x), z, atol=1e-4)
+    assert torch.allclose(vae.decode(z), sd1_kl.decode(z).sample, atol=1e-4)
+    run(written, tmp_path / "back", "--to", "diffusers")
+    (folder,) = {path.parent for path in (tmp_path / "back").rglob("config.json")}
+    again = AutoencoderKL.from_pretrained(folder)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in sd1_kl.state_dict().items())
+
+
 @pytest.mark.parametrize("component", ["transformer", "vae"])
 @pytest.mark.parametrize("inner", [False, True])
 def test_one_component_may_be_named_by_its_folder_or_as_a_part(
