@@ -65,6 +65,8 @@ class AutoencoderRecipe:
     """s, how much further the latent compresses in each direction."""
     train_trunk: bool = False
     """Give the detail branch a trunk of its own, trained; otherwise it uses the frozen base encoder's (SD3 recipe)."""
+    freeze_detail: bool = False
+    """Train the decoder alone: the latents, and with them the adapters made for `start`, stay what they are."""
     detail_dropout: float = 0.1
     """Share of samples whose whole detail latent is set to zero before decoding."""
 
@@ -153,6 +155,8 @@ class AutoencoderTask:
         start_certain(self.model.detail_down.conv)
         if recipe.start is not None:
             start_from(self.model, recipe.start)
+        if recipe.freeze_detail:
+            freeze_detail(self.model, recipe)
         if recipe.run.compile:
             self.model.decoder.compile()
         critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
@@ -176,8 +180,9 @@ class AutoencoderTask:
 
     def export(self, folder: Path) -> list[Path]:
         """The DA-VAE in fp32, with the statistics of its detail channels."""
-        mean, std = script.statistics(self.model.encode_detail(x) for x in self.images())
-        self.model.set_detail_statistics(mean.tolist(), std.tolist())
+        if not self.recipe.freeze_detail:
+            mean, std = script.statistics(self.model.encode_detail(x) for x in self.images())
+            self.model.set_detail_statistics(mean.tolist(), std.tolist())
         path = folder / tiny.AUTOENCODER
         checkpoints.save_autoencoder(path, self.model, Recommended(size=self.recipe.data.size))
         return [path]
@@ -247,6 +252,22 @@ def start_from(model: DAVAE, path: Path) -> None:
         raise DAVAEError(f"{path.name} was made on another base VAE than this recipe's; give the one it was made on")
     model.load_state_dict({n: own[n] if n.startswith("base_") else new[n] for n in own})
     model.set_base_units(trained.latent.base_shift, trained.latent.base_scale)
+    model.set_detail_statistics(trained.latent.detail_mean, trained.latent.detail_std)
+
+
+def freeze_detail(model: DAVAE, recipe: AutoencoderRecipe) -> None:
+    """Leave the decoder alone to be trained.
+
+    Raises:
+        DAVAEError: there are no trained latents to keep, or the alignment wants gradients of them.
+    """
+    if recipe.start is None:
+        raise DAVAEError("freeze_detail keeps the latents of a trained DA-VAE: give its file as --start")
+    if recipe.alignment.adaptive:
+        raise DAVAEError("freeze_detail leaves the alignment nothing to train: use --alignment.no-adaptive")
+    for name, parameter in model.named_parameters():
+        if name.startswith("detail_"):
+            parameter.requires_grad_(False)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -85,11 +85,25 @@ def finished_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
     )
 
 
+def sharpened_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
+    """The same latents, decoded more sharply: the decoder alone, mostly by what a classifier sees."""
+    finished = finished_autoencoder_recipe(size)
+    return replace(
+        finished,
+        run=RunConfig(folder(size, "autoencoder_sharpen"), steps=450, batch=4, seed=2),
+        start=folder(size, "autoencoder_finish") / tiny.AUTOENCODER,
+        freeze_detail=True,
+        optimiser=replace(finished.optimiser, lr=2e-4, ema=0.99),
+        losses=replace(finished.losses, l1=1.0, l2=0.0, perceptual=2.0),
+        alignment=autoencoder.AlignmentConfig(weight=0.0),
+    )
+
+
 def adapter_recipe(size: str) -> adapter.AdapterRecipe:
     """The adapter, on the captioned images."""
     return adapter.AdapterRecipe(
         data=DataConfig(_images(size, "train"), size=SIZES[size], flip=False, workers=0, cache=True),
-        run=RunConfig(folder(size, "adapter"), steps=4000, batch=64),
+        run=RunConfig(folder(size, "adapter"), steps=2500, batch=64),
         model=folder(size, "base_dit") / tiny.MODEL,
         text_encoder=folder(size, "base_dit") / tiny.TEXT_ENCODER,
         autoencoder=folder(size, "autoencoder_finish") / tiny.AUTOENCODER,
@@ -109,4 +123,5 @@ BASE_AUTOENCODER = {size: (about, base_autoencoder_recipe(size)) for size, about
 BASE_DIT = {size: (about, base_dit_recipe(size)) for size, about in _ABOUT.items()}
 AUTOENCODER = {size: (about, autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 AUTOENCODER |= {f"{size}-finish": (about, finished_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
+AUTOENCODER |= {f"{size}-sharpen": (about, sharpened_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER = {size: (about, adapter_recipe(size)) for size, about in _ABOUT.items()}
