@@ -69,6 +69,7 @@ def quick() -> list[Case]:
         memory=True,
         alone=True,
         scale="toy",
+        blocks=-1,
     )
     return [*equal, decode, load]
 

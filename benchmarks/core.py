@@ -26,10 +26,14 @@ def adapted_config(setup: Setup) -> MMDiTConfig:
 
 @cache
 def native_state(setup: Setup) -> dict[str, torch.Tensor]:
-    """Weights of the unadapted model, on the CPU."""
-    torch.manual_seed(0)
-    with torch.device("cpu"):
-        return MMDiT(setup.mmdit()).to(setup.torch_dtype).state_dict()
+    """Weights of the unadapted model, on the CPU; made one by one, for all of them twice would not fit everywhere."""
+    with torch.device("meta"):
+        shapes = MMDiT(setup.mmdit()).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.empty(tensor.shape, dtype=setup.torch_dtype).normal_(std=0.02, generator=generator)
+        for name, tensor in shapes.items()
+    }
 
 
 @cache

@@ -6,6 +6,7 @@ Each side runs in a process of its own: what a process has loaded once is never 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ def write_files(folder: Path, setup: Setup) -> None:
     """An unadapted model in fp16, as SD3.5-medium is published, and an adapter for it, where a ComfyUI would look."""
     for kind in ("diffusion_models", "loras"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half().contiguous() for name, tensor in core.native_state(setup).items()}
-    save_file(state, folder / "diffusion_models" / MODEL)
-    checkpoints.save_adapter(folder / "loras" / ADAPTER, core.adapter(setup))
+    published = replace(setup, dtype="fp16")
+    save_file(core.native_state(published), folder / "diffusion_models" / MODEL)
+    checkpoints.save_adapter(folder / "loras" / ADAPTER, core.adapter(published))
 
 
 def _comfy(setup: Setup, files: Path) -> HeadlessComfy:

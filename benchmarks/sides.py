@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -78,6 +79,9 @@ def build(side: Side, setup: Setup, files: Path | None = None) -> Built:
 
 def forget() -> None:
     """Let go of all models, so that the next comparison has the memory."""
+    management = sys.modules.get("comfy.model_management")
+    if management is not None:
+        management.unload_all_models()
     for module in (core, route, others):
         for name, function in vars(module).items():
             if hasattr(function, "cache_clear") and name != "booted":

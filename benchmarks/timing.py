@@ -65,7 +65,7 @@ def in_turn(
     begin = time.perf_counter()
     for done in range(rounds):
         spent = time.perf_counter() - begin
-        if spent > budget and (done >= 3 or spent > budget * done):
+        if done and spent > budget and (done >= 3 or spent > budget * done):
             break
         for call, seconds in zip(calls, taken, strict=True):
             start = time.perf_counter()

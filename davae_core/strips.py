@@ -122,7 +122,8 @@ class Strips:
             if isinstance(level.upsample, Upsample):
                 source = Upsampled(h, level.upsample)
                 if index > 1:  # small enough to be held rather than computed three times
-                    source = Whole(self._whole(source, index - 1))
+                    h = self._whole(source, index - 1)
+                    source = Whole(h)
         return self._norm_conv(trunk.norm_out, trunk.conv_out, source, 0)
 
     def encode(self, encoder: Encoder, x: torch.Tensor) -> torch.Tensor:
