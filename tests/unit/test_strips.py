@@ -38,9 +38,12 @@ class Peak(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        given = {
+            StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.live[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+            if isinstance(tensor, torch.Tensor) and (storage := StorageWeakRef(tensor.untyped_storage())) not in given:
+                self.live[storage] = tensor.untyped_storage().nbytes()
         self.bytes = max(self.bytes, sum(self.live.values()))
         return out
 
@@ -166,7 +169,7 @@ def test_memory_is_a_fraction_of_the_untiled(make_davae: MakeDavae, picture: Pic
 def test_a_residual_block_at_full_size_holds_one_activation(make_davae: MakeDavae) -> None:
     model = make_davae(base=AutoencoderConfig((32,), 1))
     h = torch.randn(1, 32, 1024, 8)
-    assert peak(lambda: Strips(32).decode(model.decoder, h)) <= 1.6 * h.nbytes  # h itself, and strips
+    assert peak(lambda: Strips(32).decode(model.decoder, h)) <= 0.6 * h.nbytes  # beside h itself
 
 
 @pytest.mark.parametrize("order", [lambda spans: spans[::-1], shuffled, lambda spans: spans[1::2] + spans[::2]])
