@@ -38,9 +38,10 @@ def test_the_operations_of_sd35_medium_are_those_of_the_arithmetic() -> None:
 
 
 def test_equal_tokens_cost_the_same_but_for_the_embedder_and_the_head() -> None:
-    adapted, native = sides.count(Side("adapted", 512), SD35), sides.count(Side("native", 256), SD35)
+    few = Setup(blocks=2)
+    adapted, native = sides.count(Side("adapted", 512), few), sides.count(Side("native", 256), few)
     assert adapted is not None and native is not None
-    assert 1 < adapted.flops / native.flops < 1.002
+    assert 1 < adapted.flops / native.flops < 1.01
 
 
 def test_bytes_are_at_least_the_weights_and_halve_with_the_dtype() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import core, others
 from benchmarks.setup import Setup
+from davae_core.adapter import WIDENED
 
 TOY = Setup(scale="toy")
 
