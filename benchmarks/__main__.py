@@ -69,7 +69,7 @@ class Runner:
         if case.memory:
             peaks = [self._peak(side, setup, call) for side, call in zip(case.sides, calls)]
         results = [
-            SideResult(side.label, seconds, cost, peak)
+            SideResult(side.label, seconds, cost, peak, _rate(side, seconds))
             for side, seconds, cost, peak in zip(case.sides, taken, costs, peaks)
         ]
         return CaseResult(case.name, case.title, setup.to_json(), tuple(results))
@@ -92,6 +92,11 @@ class Runner:
             for side, alone in zip(case.sides, zip(*found))
         ]
         return CaseResult(case.name, case.title, setup.to_json(), tuple(results))
+
+
+def _rate(side: sides.Side, seconds: timing.Seconds) -> dict[str, float]:
+    """Pictures per second, of sides that make whole ones."""
+    return {"images_per_second": side.batch / seconds.median} if side.what.startswith("picture") else {}
 
 
 def chosen(options: argparse.Namespace) -> list[cases.Case]:

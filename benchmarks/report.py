@@ -21,6 +21,7 @@ from .record import CaseResult, SideResult, case_from_json
 from .svg import Chart, Line, render
 
 HEAD = ("", "first", "second", "ratio", "arithmetic", "bound", "")
+FIGURES = {"time": "", "memory": ", peak memory", "shared": ", weights shared"}  # and how a row of the table says so
 GIB = 2**30
 
 
@@ -45,7 +46,7 @@ def markdown(told: dict[str, Any]) -> str:
     lines = [f"`{told['command']}`, {told['date']}, {where}", ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for result in results:
-        for of in ("time", "memory"):
+        for of in FIGURES:
             row = _row(result, of)
             if row:
                 lines.append("| " + " | ".join(row) + " |")
@@ -55,7 +56,7 @@ def markdown(told: dict[str, Any]) -> str:
 
 
 def _row(result: CaseResult, of: str) -> list[str] | None:
-    """A line of the table; None for memory that was not measured."""
+    """A line of the table; None for what was not measured."""
     first, second = result.sides[:2]
     value = result.figure(of)
     if value is None:
@@ -64,12 +65,13 @@ def _row(result: CaseResult, of: str) -> list[str] | None:
     if of == "memory":
         assert first.peak is not None and second.peak is not None
         figures = [f"{first.peak / GIB:.2f} GiB", f"{second.peak / GIB:.2f} GiB", f"{value:.2f}", ""]
+    elif of == "shared":
+        figures = [f"{value:.1%}", "", "", ""]
     else:
         low, high = result.ratio.quartiles
         said = "" if result.arithmetic is None else f"{result.arithmetic:.2f}"
         figures = [_seconds(first), _seconds(second), f"{value:.2f} ({low:.2f} to {high:.2f})", said]
-    title = result.title if of == "time" else f"{result.title}, peak memory"
-    return [title, *figures, ", ".join(bound.limits() for bound in kept), _verdict(kept)]
+    return [result.title + FIGURES[of], *figures, ", ".join(bound.limits() for bound in kept), _verdict(kept)]
 
 
 def _limits(result: CaseResult, of: str) -> list[bounds.Limit]:
@@ -83,7 +85,9 @@ def _verdict(kept: Sequence[Bound]) -> str:
 def _seconds(side: SideResult) -> str:
     """Median, and how fast that is."""
     rate = ""
-    if side.cost is not None and side.cost.flops:
+    if "images_per_second" in side.notes:
+        rate = f" ({side.notes['images_per_second']:.3g} img/s)"
+    elif side.cost is not None and side.cost.flops:
         rate = f" ({side.cost.flops / side.seconds.median / 1e12:.3g} TFLOP/s)"
     return f"{side.seconds.median:.3g} s{rate}"
 

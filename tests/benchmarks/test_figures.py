@@ -118,6 +118,7 @@ def test_results_survive_being_written_and_read(tmp_path: Path) -> None:
     table = report.markdown(read)
     assert "A processor, 2 threads" in table and "| decode 4096 | left out: no memory |" in table
     assert "| one / other | 1 s (4 TFLOP/s) | 2 s (1 TFLOP/s) | 0.50 (0.50 to 0.50) | 2.00 | <= 1.2 | kept |" in table
+    assert "| one / other, weights shared | 97.0% |" in table
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
 
 
