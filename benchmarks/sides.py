@@ -109,11 +109,13 @@ def _decode(side: Side, setup: Setup) -> Callable[[], Any]:
             vae = route.sd3_vae(setup)
             return lambda: vae.decode(z)
         if side.what == "DA-VAE decode":
-            return lambda: route.davae(setup).decode(z)
+            handle = route.davae(setup)
+            return lambda: handle.decode(z)
         stock = route.davae(setup).stock_vae()
         return lambda: stock.decode_tiled(z)
     if not is_davae:
-        return lambda: core.sd3_vae(setup).decode(z)
+        autoencoder = core.sd3_vae(setup)  # made here: the call alone is measured
+        return lambda: autoencoder.decode(z)
     model = core.davae(setup)
     return (lambda: model.decode_tiled(z)) if "tiled" in side.what else (lambda: model.decode(z))
 
@@ -126,9 +128,11 @@ def _encode(side: Side, setup: Setup) -> Callable[[], Any]:
         if not is_davae:
             vae = route.sd3_vae(setup)
             return lambda: vae.encode(image)
-        return lambda: route.davae(setup).encode(image)
+        handle = route.davae(setup)
+        return lambda: handle.encode(image)
     if not is_davae:
-        return lambda: core.sd3_vae(setup).encode(x)
+        autoencoder = core.sd3_vae(setup)
+        return lambda: autoencoder.encode(x)
     model = core.davae(setup)
     return (lambda: model.encode_tiled(x)) if "tiled" in side.what else (lambda: model.encode(x))
 
