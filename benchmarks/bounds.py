@@ -47,7 +47,7 @@ FULL = [
 QUICK = [
     *(Limit(f"equal tokens 256 {route}", "time", at_most=1.15) for route in (COMFY, CORE)),
     Limit("decode 128", "time", at_most=1.2),
-    Limit("decode 128", "memory", at_most=1.25),
+    Limit("decode 128", "memory", at_most=1.3),
     Limit("adapter application", "shared", at_least=0.9),
 ]
 

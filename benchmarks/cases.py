@@ -48,7 +48,7 @@ def quick() -> list[Case]:
             f"equal tokens 256 {route}",
             "adapted / native model call, 256 tokens",
             (Side("adapted", 512, route), Side("native", 256, route)),
-            rounds=15,
+            rounds=9,
             scale="small",
             blocks=3,
         )
@@ -58,7 +58,7 @@ def quick() -> list[Case]:
         "decode 128",
         "DA-VAE decode / SD3 VAE decode",
         (Side("DA-VAE decode", 128), Side("SD3 VAE decode", 128)),
-        rounds=7,
+        rounds=5,
         memory=True,
     )
     load = Case(
