@@ -5,6 +5,7 @@
     python dev.py demo     run the nodes in a real ComfyUI and write images
     python dev.py test     run the tests; arguments go to pytest
     python dev.py ui       serve ComfyUI with the pack on this machine
+    python dev.py bench    time the models beside what a user would run instead; --help tells the arguments
 
 Each task makes the environment first if it is not complete; interrupting it does no harm.
 
@@ -84,6 +85,12 @@ def ui(options: argparse.Namespace) -> int:
     return run(server_command(python, comfyui, base, options.port, cpu), cwd=base, env=server_environment())
 
 
+def bench(options: argparse.Namespace) -> int:
+    """Runs the benchmarks and gives back their exit code: 1 where a bound is not kept."""
+    _, python = environment.prepare(say)
+    return run([str(python), "-m", "benchmarks", *options.rest])
+
+
 def run(command: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
     """Runs a command in the foreground; Ctrl-C is the command's to handle. Returns its exit code."""
     process = subprocess.Popen(command, cwd=cwd, env=env)
@@ -117,11 +124,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     tests = task(test, "run the tests; all arguments go to pytest (default: tests)")
     tests.usage = "dev.py test [pytest arguments]"
+    benches = task(bench, "time the models beside what a user would run instead; all arguments go to the benchmarks")
+    benches.usage = "dev.py bench [--quick | --long] [--json FILE] ..."
     ui_parser = task(ui, "serve ComfyUI with the pack on this machine")
     ui_parser.add_argument("--port", type=int, default=8188, help="default: %(default)s")
 
-    if argv[:1] == ["test"] and argv[1:] not in (["-h"], ["--help"]):
-        options = parser.parse_args(["test"])
+    if argv[:1] == ["bench"] or (argv[:1] == ["test"] and argv[1:] not in (["-h"], ["--help"])):
+        options = parser.parse_args(argv[:1])
         options.rest = argv[1:]
         return options
     options, options.rest = parser.parse_known_args(argv)

@@ -3,8 +3,11 @@
 Tiles that go through a whole decoder one after another each normalise with their own statistics, which shows as seams
 and shifts of colour. Here the layers go one after another, and the *strips* inside each layer: every convolution sees
 the true rows above and below its strip, and every group norm the statistics of the whole picture. Nothing has to be
-blended, and the order of the strips does not matter. At most two whole activations are held at a time; what is between
-them lives as long as one strip.
+blended, and the order of the strips does not matter.
+
+What is held at a time: below full size the two activations of a residual block; at full size, where they are largest,
+one alone. It is replaced strip by strip, and what lies between its two convolutions is computed twice, once for the
+statistics and once for the result. An enlarged picture is computed when it is asked for, from the small one.
 
 Attention inside a level sees the whole picture at once, as it does in the middle block, which is no part of this. The
 known VAEs have it at their lowest resolution only, where it takes no more memory than the middle block's own.
@@ -45,19 +48,58 @@ class Whole:
         return self.x[:, :, start:stop]
 
 
+class Window:
+    """Some rows of a picture: ``x`` is the rows from ``top`` on of a picture ``height`` rows high."""
+
+    def __init__(self, x: torch.Tensor, top: int, height: int) -> None:
+        self.x, self.top = x, top
+        self.shape: tuple[int, ...] = (*x.shape[:2], height, x.shape[3])
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """A view; the rows must be among those there are."""
+        return self.x[:, :, start - self.top : stop - self.top]
+
+
 class Upsampled:
-    """A picture of twice the size, computed when asked for and never held."""
+    """A picture of twice the size, computed when asked for and never held.
+
+    Enlarging by nearest neighbour and then a 3x3 convolution is, for each of the four positions in a pixel, a 2x2
+    convolution of the small picture, whose weights are sums of the 3x3 ones: four ninths of the work.
+    """
 
     def __init__(self, x: torch.Tensor, layer: Upsample) -> None:
-        self.x, self.layer = x, layer
+        self.x, self.conv = x, layer.conv
+        weight = layer.conv.weight.float()
+        self.weights = [[_taps(_taps(weight, 2, v), 3, u).to(x.dtype) for u in (0, 1)] for v in (0, 1)]
         batch, _, height, width = x.shape
         self.shape: tuple[int, ...] = (batch, layer.conv.out_channels, 2 * height, 2 * width)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Computed anew at each call."""
-        top, bottom = _halo(start, stop, self.shape[2])
-        large = F.interpolate(self.x[:, :, top // 2 : (bottom + 1) // 2], scale_factor=2.0, mode="nearest")
-        return _conv(self.layer.conv, large[:, :, top % 2 : top % 2 + bottom - top], start, stop, self.shape[2])
+        batch, channels, _, width = self.shape
+        first, last, height = start // 2, (stop + 1) // 2, self.x.shape[2]  # rows of the small picture
+        top, bottom = _halo(first, last, height)
+        small = F.pad(self.x[:, :, top:bottom], (1, 1, int(first == 0), int(last == height)))
+        large = self.x.new_empty(batch, channels, 2 * (last - first), width)
+        for v in (0, 1):
+            for u in (0, 1):
+                part = small[:, :, v : v + last - first + 1, u : u + width // 2 + 1]
+                large[:, :, v::2, u::2] = F.conv2d(part, self.weights[v][u], self.conv.bias)
+        return large[:, :, start % 2 : start % 2 + stop - start]
+
+
+class Convolved:
+    """Norm (as scale and shift), SiLU and a 3x3 convolution of a picture, computed when asked for and never held."""
+
+    def __init__(self, source: Source, scale: torch.Tensor, shift: torch.Tensor, conv: nn.Conv2d) -> None:
+        self.source, self.scale, self.shift, self.conv = source, scale, shift, conv
+        self.shape: tuple[int, ...] = (source.shape[0], conv.out_channels, *source.shape[2:])
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Computed anew at each call, from one row more of the source on either side."""
+        height = self.shape[2]
+        rows = self.source.rows(*_halo(start, stop, height))
+        return _conv(self.conv, _normalise(rows, self.scale, self.shift), start, stop, height)
 
 
 class Strips:
@@ -82,7 +124,10 @@ class Strips:
                 source = Whole(h)
             if isinstance(level.upsample, Upsample):
                 source = Upsampled(h, level.upsample)
-        return self._norm_conv(trunk.norm_out, trunk.conv_out, source, 0)[0]
+                if index > 1:  # small enough to be held rather than computed three times
+                    h = self._whole(source, index - 1)
+                    source = Whole(h)
+        return self._norm_conv(trunk.norm_out, trunk.conv_out, source, 0)
 
     def encode(self, encoder: Encoder, x: torch.Tensor) -> torch.Tensor:
         """``encoder.levels(x)``: ``[B, 3, H, W]`` to ``[B, width, H/f, W/f]``."""
@@ -96,36 +141,57 @@ class Strips:
         return h
 
     def _resnet(self, block: ResnetBlock, source: Source, level: int) -> torch.Tensor:
-        """A residual block. Overwrites a :class:`Whole` source where the shortcut is the source itself."""
-        reuse = isinstance(source, Whole) and isinstance(block.nin_shortcut, nn.Identity)
-        h, kept = self._norm_conv(block.norm1, block.conv1, source, level, None if reuse else block.nin_shortcut)
-        out = source.x if isinstance(source, Whole) and reuse else kept
-        assert out is not None
-        scale, shift = self._affine(block.norm2, Whole(h), level)
-        for start, stop in self._spans(h.shape[2], level):
-            out[:, :, start:stop] += _norm_conv_rows(scale, shift, block.conv2, Whole(h), start, stop)
-        return out
+        """A residual block. At full size it overwrites a :class:`Whole` source that is its own shortcut."""
+        if level == 0 and isinstance(source, Whole) and isinstance(block.nin_shortcut, nn.Identity):
+            return self._resnet_in_place(block, source, level)
+        h = self._norm_conv(block.norm1, block.conv1, source, level)
+        norm2 = self._affine(block.norm2, Whole(h), level)
 
-    def _norm_conv(
-        self, norm: nn.GroupNorm, conv: nn.Conv2d, source: Source, level: int, keep: nn.Module | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Norm, SiLU, convolution; with ``keep`` also that layer (pointwise) of the source."""
-        height = source.shape[2]
-        scale, shift = self._affine(norm, source, level)
-        out: torch.Tensor | None = None
-        kept: torch.Tensor | None = None
+        def rows(old: Source, start: int, stop: int) -> torch.Tensor:
+            part = Convolved(old, *norm2, block.conv2).rows(start, stop)
+            return part.add_(block.nin_shortcut(source.rows(start, stop)))
+
+        self._overwrite(h, level, 1, rows)
+        return h
+
+    def _resnet_in_place(self, block: ResnetBlock, source: Whole, level: int) -> torch.Tensor:
+        """A residual block with one activation in memory instead of two, for half as much work again."""
+        norm1 = self._affine(block.norm1, source, level)
+        norm2 = self._affine(block.norm2, Convolved(source, *norm1, block.conv1), level)
+
+        def rows(old: Source, start: int, stop: int) -> torch.Tensor:
+            h = Convolved(old, *norm1, block.conv1)
+            return Convolved(h, *norm2, block.conv2).rows(start, stop).add_(old.rows(start, stop))
+
+        self._overwrite(source.x, level, 2, rows)
+        return source.x
+
+    def _overwrite(
+        self, x: torch.Tensor, level: int, reach: int, new_rows: Callable[[Source, int, int], torch.Tensor]
+    ) -> None:
+        """Replace a picture strip by strip, in any order.
+
+        Args:
+            x: the picture.
+            level: its resolution level.
+            reach: how many old rows a strip needs on either side, at most 2; those around each cut are set aside.
+            new_rows: given the old picture, makes rows ``start ... stop`` of the new one.
+        """
+        height = x.shape[2]
+        cuts = [start for start, _ in self._cut(height, level) if start]
+        old = {cut: x[:, :, cut - reach : cut + reach].clone() for cut in cuts}
         for start, stop in self._spans(height, level):
-            top, bottom = _halo(start, stop, height)
-            rows = source.rows(top, bottom)
-            part = _conv(conv, _normalise(rows, scale, shift), start, stop, height)
-            out = _whole_like(part, height) if out is None else out
-            out[:, :, start:stop] = part
-            if keep is not None:
-                part = keep(rows[:, :, start - top : stop - top])
-                kept = _whole_like(part, height) if kept is None else kept
-                kept[:, :, start:stop] = part
-        assert out is not None
-        return out, kept
+            parts = [x[:, :, start:stop]]
+            if start:
+                parts.insert(0, old[start][:, :, :reach])
+            if stop < height:
+                parts.append(old[stop][:, :, reach:])
+            window = Window(torch.cat(parts, dim=2), max(start - reach, 0), height)
+            x[:, :, start:stop] = new_rows(window, start, stop)
+
+    def _norm_conv(self, norm: nn.GroupNorm, conv: nn.Conv2d, source: Source, level: int) -> torch.Tensor:
+        """Norm, SiLU, convolution."""
+        return self._whole(Convolved(source, *self._affine(norm, source, level), conv), level)
 
     def _conv(self, conv: nn.Conv2d, source: Source, level: int) -> torch.Tensor:
         """A 3x3 convolution."""
@@ -134,6 +200,16 @@ class Strips:
         for start, stop in self._spans(height, level):
             part = _conv(conv, source.rows(*_halo(start, stop, height)), start, stop, height)
             out = _whole_like(part, height) if out is None else out
+            out[:, :, start:stop] = part
+        assert out is not None
+        return out
+
+    def _whole(self, source: Source, level: int) -> torch.Tensor:
+        """A picture that is asked for by rows, in memory."""
+        out: torch.Tensor | None = None
+        for start, stop in self._spans(source.shape[2], level):
+            part = source.rows(start, stop)
+            out = _whole_like(part, source.shape[2]) if out is None else out
             out[:, :, start:stop] = part
         assert out is not None
         return out
@@ -172,12 +248,16 @@ class Strips:
         return scale.view(batch, channels, 1, 1), shift.view(batch, channels, 1, 1)
 
     def _spans(self, height: int, level: int) -> Iterator[tuple[int, int]]:
-        """Rows ``(start, stop)`` of the strips of a level; each is reported when it is done."""
-        size = max(self.strip_rows >> level, MIN_ROWS)
-        for span in self.order([(start, min(start + size, height)) for start in range(0, height, size)]):
+        """Rows ``(start, stop)`` of the strips of a level, in :attr:`order`; each is reported when it is done."""
+        for span in self.order(self._cut(height, level)):
             yield span
             if self.on_strip is not None:
                 self.on_strip()
+
+    def _cut(self, height: int, level: int) -> list[tuple[int, int]]:
+        """Rows ``(start, stop)`` of the strips of a level, from top to bottom."""
+        size = max(self.strip_rows >> level, MIN_ROWS)
+        return [(start, min(start + size, height)) for start in range(0, height, size)]
 
 
 def _levels(modules: nn.ModuleList) -> list[Level]:
@@ -191,21 +271,20 @@ def _halo(start: int, stop: int, height: int) -> tuple[int, int]:
 
 def _conv(conv: nn.Conv2d, rows: torch.Tensor, start: int, stop: int, height: int) -> torch.Tensor:
     """Rows ``start ... stop`` of a padded 3x3 convolution, given the rows of :func:`_halo`."""
-    padded = F.pad(rows, (1, 1, int(start == 0), int(stop == height)))
-    return F.conv2d(padded, conv.weight, conv.bias)
+    if start == 0 or stop == height:
+        rows = F.pad(rows, (0, 0, int(start == 0), int(stop == height)))
+    return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
+
+
+def _taps(weight: torch.Tensor, dim: int, position: int) -> torch.Tensor:
+    """Three taps in the large picture as two in the small one, for the first or the second pixel of each pair."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack([a + b, c] if position else [a, b + c], dim)
 
 
 def _normalise(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """SiLU of the affine form of a group norm."""
     return F.silu(torch.addcmul(shift, x.float(), scale), inplace=True).to(x.dtype)
-
-
-def _norm_conv_rows(
-    scale: torch.Tensor, shift: torch.Tensor, conv: nn.Conv2d, source: Source, start: int, stop: int
-) -> torch.Tensor:
-    """Rows ``start ... stop`` of norm, SiLU, convolution."""
-    height = source.shape[2]
-    return _conv(conv, _normalise(source.rows(*_halo(start, stop, height)), scale, shift), start, stop, height)
 
 
 def _whole_like(part: torch.Tensor, height: int) -> torch.Tensor:

@@ -101,7 +101,7 @@ def test_dev_test_passes_its_arguments_and_gives_back_pytests_exit_code(comfyui)
 def test_dev_help_names_every_task():
     done = dev("--help")
     assert done.returncode == 0
-    assert all(f"dev.py {task}" in done.stdout for task in ("setup", "demo", "test", "ui"))
+    assert all(f"dev.py {task}" in done.stdout for task in ("setup", "demo", "test", "ui", "bench"))
 
 
 def test_a_base_directory_links_the_pack_and_survives_a_second_call(tmp_path):

@@ -415,3 +415,11 @@ def test_zero_detail_is_added_to_base_latents_only(shape: tuple[int, ...]) -> No
     with pytest.raises(LatentError, match=r"expected \[batch, 16, height, width\]") as error:
         with_zero_detail(torch.zeros(shape), LatentSpec())
     assert str(list(shape)) in str(error.value)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+def test_compiles_in_one_graph(davae: DAVAE, picture: Callable[..., torch.Tensor], direction: str) -> None:
+    given = picture(32, 48) if direction == "encode" else torch.randn(1, 32, 2, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(davae, direction), fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(given), getattr(davae, direction)(given), atol=1e-6)

@@ -1,0 +1,223 @@
+"""What is compared with what. A case's figure is its first side over its second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import others
+from .sides import COMFY, CORE, Side
+
+SIZES = (512, 1024, 1536, 2048, 4096)
+SCALING = (256, 512, 1024, 2048, 4096)
+BATCHES = (1, 2, 4, 8)
+ROUTES = (COMFY, CORE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A comparison.
+
+    Attributes:
+        name: unique; results, bounds and the command line know it by this.
+        title: in words.
+        sides: two or more, taken in turn.
+        rounds: how often each is timed.
+        memory: the peak of each is measured too.
+        alone: each side is timed in processes of its own.
+        scale: overrides the setup's.
+        blocks: likewise, if not 0; -1 for all blocks.
+        slow: part of the long run alone.
+    """
+
+    name: str
+    title: str
+    sides: tuple[Side, ...]
+    rounds: int = 7
+    memory: bool = False
+    alone: bool = False
+    scale: str = ""
+    blocks: int = 0
+    slow: bool = False
+
+
+def quick() -> list[Case]:
+    """Ratios that are stable on any machine, in about half a minute on two cores."""
+    equal = [
+        Case(
+            f"equal tokens 256 {route}",
+            "adapted / native model call, 256 tokens",
+            (Side("adapted", 512, route), Side("native", 256, route)),
+            rounds=9,
+            scale="small",
+            blocks=3,
+        )
+        for route in ROUTES
+    ]
+    decode = Case(
+        "decode 128",
+        "DA-VAE decode / SD3 VAE decode",
+        (Side("DA-VAE decode", 128), Side("SD3 VAE decode", 128)),
+        rounds=5,
+        memory=True,
+    )
+    load = Case(
+        "adapter application",
+        "adapter application / stock load",
+        (Side("adapter application", route=COMFY), Side("stock load", route=COMFY)),
+        rounds=1,
+        memory=True,
+        alone=True,
+        scale="toy",
+        blocks=-1,
+    )
+    return [*equal, decode, load]
+
+
+def everything(gpu: bool) -> list[Case]:
+    """All cases; those that a machine has no time for are left out when they come up."""
+    return [*_calls(), *_full_depth(gpu), *_autoencoder(), *_pictures(gpu), *_loading(gpu), *_others(), *_scaling()]
+
+
+def _calls() -> Iterator[Case]:
+    for route in ROUTES:
+        for size in SIZES:
+            yield Case(
+                f"equal size {size} {route}",
+                f"native / adapted model call at {size} px",
+                (Side("native", size, route), Side("adapted", size, route)),
+            )
+        for size in (1024, 2048):
+            yield Case(
+                f"equal tokens {size} {route}",
+                f"adapted model call at {size} px / native at {size // 2} px",
+                (Side("adapted", size, route), Side("native", size // 2, route)),
+                rounds=15,
+            )
+    yield Case(
+        "route 1024",
+        "ComfyUI route / bare davae_core, adapted model call at 1024 px",
+        (Side("adapted", 1024, COMFY), Side("adapted", 1024, CORE)),
+        rounds=15,
+    )
+
+
+def _full_depth(gpu: bool) -> Iterator[Case]:
+    """On a GPU all cases are at full depth."""
+    for size in () if gpu else (1024, 2048):
+        yield Case(
+            f"full depth {size}",
+            f"native / adapted model call at {size} px, all 24 blocks",
+            (Side("native", size), Side("adapted", size)),
+            rounds=1,
+            blocks=-1,
+            slow=True,
+        )
+
+
+def _autoencoder() -> Iterator[Case]:
+    for route in ROUTES:
+        for what in ("decode", "encode"):
+            yield Case(
+                f"{what} 1024 {route}",
+                f"DA-VAE {what} / SD3 VAE {what} at 1024 px",
+                (Side(f"DA-VAE {what}", 1024, route), Side(f"SD3 VAE {what}", 1024, route)),
+                memory=True,
+            )
+        for size in (1024, 2048):
+            yield Case(
+                f"tiled decode {size} {route}",
+                f"DA-VAE decode in strips / in one piece at {size} px",
+                (Side("DA-VAE tiled decode", size, route), Side("DA-VAE decode", size, route)),
+                rounds=3,
+                memory=True,
+            )
+    yield Case(
+        "tiled encode 2048",
+        "DA-VAE encode in strips / in one piece at 2048 px",
+        (Side("DA-VAE tiled encode", 2048), Side("DA-VAE encode", 2048)),
+        rounds=3,
+        memory=True,
+    )
+
+
+def _pictures(gpu: bool) -> Iterator[Case]:
+    sizes = (1024, 2048) if gpu else (512,)
+    scale = "full" if gpu else "small"
+    for route in ROUTES:
+        for size in sizes:
+            for batch in (1, 10) if gpu else (1,):
+                yield Case(
+                    f"picture {size} batch {batch} {route}",
+                    f"30 steps and decode at {size} px, batch {batch}: native / adapted",
+                    tuple(
+                        Side(what, size, route, batch)
+                        for what in ("picture, native", "picture, adapted", "picture, native at half size, bicubic")
+                    ),
+                    rounds=3,
+                    memory=True,
+                    scale=scale,
+                )
+
+
+def _loading(gpu: bool) -> Iterator[Case]:
+    scales = ("small", "full")
+    for scale in scales:
+        yield Case(
+            f"adapter application {scale}",
+            f"adapter application / stock load, {scale} size",
+            (Side("adapter application", route=COMFY), Side("stock load", route=COMFY)),
+            rounds=3,
+            memory=True,
+            alone=True,
+            scale=scale,
+            blocks=-1,
+            slow=scale == "full" and not gpu,
+        )
+    yield Case(
+        "second run",
+        "a graph's second run / its first, one step",
+        (Side("graph, second run", route=COMFY), Side("graph, first run", route=COMFY)),
+        rounds=3,
+        alone=True,
+        scale="small",
+        blocks=-1,
+    )
+
+
+def _others() -> Iterator[Case]:
+    if not others.available():
+        return
+    for size in (1024, 2048):
+        yield Case(
+            f"diffusers {size}",
+            f"diffusers' SD3 transformer / adapted model call at {size} px",
+            (Side("diffusers", size, "diffusers"), Side("adapted", size), Side("native", size)),
+            rounds=3,
+        )
+    yield Case(
+        "DC-AE decode 1024",
+        "DC-AE f32 decode / DA-VAE decode at 1024 px",
+        (Side("DC-AE f32 decode", 1024, "diffusers"), Side("DA-VAE decode", 1024)),
+        rounds=3,
+        memory=True,
+    )
+
+
+def _scaling() -> Iterator[Case]:
+    for size in SCALING:
+        yield Case(
+            f"scaling size {size}",
+            f"native / adapted model call at {size} px",
+            (Side("native", size), Side("adapted", size)),
+            rounds=3,
+            memory=True,
+        )
+    for batch in BATCHES:
+        yield Case(
+            f"scaling batch {batch}",
+            f"native / adapted model call at 512 px, batch {batch}",
+            (Side("native", 512, batch=batch), Side("adapted", 512, batch=batch)),
+            rounds=3,
+            memory=True,
+        )
