@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, five trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, six trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -27,6 +27,7 @@ TRAININGS: dict[str, tuple[Stage, str, str]] = {
     "base_dit": (base_dit.main, "", tiny.TEXT_ENCODER),
     "autoencoder": (autoencoder.main, "", tiny.AUTOENCODER),
     "autoencoder_finish": (autoencoder.main, "-finish", tiny.AUTOENCODER),
+    "autoencoder_sharpen": (autoencoder.main, "-sharpen", tiny.AUTOENCODER),
     "adapter": (adapter.main, "", tiny.ADAPTER),
 }
 

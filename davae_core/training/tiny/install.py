@@ -42,10 +42,10 @@ def install(config: InstallConfig) -> list[Path]:
     Raises:
         CheckpointError: a stage of this size has not finished.
     """
-    stage = {name: recipes.folder(config.size, name) for name in ("base_dit", "autoencoder_finish", "adapter")}
+    stage = {name: recipes.folder(config.size, name) for name in ("base_dit", "autoencoder_sharpen", "adapter")}
     state, _ = files.read(stage["base_dit"] / tiny.MODEL)
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
-    davae = checkpoints.load_autoencoder(stage["autoencoder_finish"] / tiny.AUTOENCODER, torch.float32)
+    davae = checkpoints.load_autoencoder(stage["autoencoder_sharpen"] / tiny.AUTOENCODER, torch.float32)
     adapter = checkpoints.load_adapter(stage["adapter"] / tiny.ADAPTER)
     preview = preview_of(davae, recipes.folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))

@@ -207,3 +207,27 @@ def test_a_start_on_another_base_vae_is_refused(stages: Any, tmp_path: Path) -> 
     start = ["--start", str(stages.file("autoencoder")), "--base", str(other)]
     with pytest.raises(DAVAEError, match="made on another base VAE"):
         stages.run("autoencoder", tmp_path / "out", 1, *start)
+
+
+def test_a_frozen_detail_branch_keeps_its_latents_and_their_statistics(stages: Any, tmp_path: Path) -> None:
+    start = ["--start", str(stages.file("autoencoder")), "--freeze-detail"]
+    assert stages.run("autoencoder", tmp_path, 2, *start, "--run.seed", "5") == 0
+    before, after = (
+        checkpoints.load_autoencoder(f / stages.exports["autoencoder"][0])
+        for f in (stages.folder("autoencoder"), tmp_path)
+    )
+    assert after.latent == before.latent
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"joint_up", "decoder"}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"), [([], "give its file as --start"), (["--alignment.adaptive"], "no-adaptive")]
+)
+def test_what_does_not_go_with_a_frozen_detail_branch_is_said(
+    stages: Any, tmp_path: Path, more: list[str], message: str
+) -> None:
+    start = ["--start", str(stages.file("autoencoder"))] if more else []
+    with pytest.raises(DAVAEError, match=message):
+        stages.run("autoencoder", tmp_path, 1, "--freeze-detail", *start, *more)

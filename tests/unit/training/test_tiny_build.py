@@ -21,7 +21,10 @@ def finished(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for stage in build.TRAININGS:
         link = recipes.folder("micro", stage)
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(stages.folder(stage.removesuffix("_finish")), target_is_directory=True)
+        link.symlink_to(
+            stages.folder(stage.partition("_")[0] if stage.startswith("autoencoder") else stage),
+            target_is_directory=True,
+        )
     data = recipes.folder("micro", "data")
     data.mkdir()
     (data / "train").symlink_to(stages.images, target_is_directory=True)
@@ -38,11 +41,13 @@ def test_both_models_of_a_family_work_on_the_same_number_of_tokens(size: str) ->
 @pytest.mark.parametrize("size", recipes.SIZES)
 def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     davae, finish = recipes.autoencoder_recipe(size), recipes.finished_autoencoder_recipe(size)
+    sharpen = recipes.sharpened_autoencoder_recipe(size)
     model, adapter = recipes.base_dit_recipe(size), recipes.adapter_recipe(size)
     left = {recipes.folder(size, stage) / file for stage, (*_, file) in build.TRAININGS.items()}
     left.add(recipes.folder(size, "base_dit") / tiny.MODEL)
-    read = {model.autoencoder, davae.base, finish.base, finish.start}
-    assert read | {adapter.model, adapter.text_encoder, adapter.autoencoder} == left - {adapter.run.out / tiny.ADAPTER}
+    read = {model.autoencoder, davae.base, finish.base, finish.start, sharpen.base, sharpen.start}
+    read |= {adapter.model, adapter.text_encoder, adapter.autoencoder}
+    assert read == left - {adapter.run.out / tiny.ADAPTER, sharpen.run.out / tiny.AUTOENCODER}
 
 
 def test_no_recipe_reads_a_held_out_image() -> None:
@@ -80,5 +85,5 @@ def test_building_a_finished_family_trains_nothing(
     asked = []
     monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == 5
+    assert capsys.readouterr().out.count("finished before") == 6
     assert [config.size for config in asked] == [128]
