@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
+from torch import nn
 
 from .. import checkpoints, tiny
 from ..adapter import Recommended
 from ..alignment import alignment_loss
-from ..autoencoder import Autoencoder
+from ..autoencoder import AttnBlock, Autoencoder, Downsample, ResnetBlock, Upsample
 from ..davae import DAVAE, DAVAEConfig
 from ..errors import DAVAEError
 from ..latent import LatentSpec
@@ -25,6 +26,7 @@ from .critic import CriticConfig, CriticPhase, PatchCritic
 from .data import DataConfig
 from .draws import Draws
 from .losses import Reconstruction, ReconstructionConfig, sampled, start_certain
+from .recompute import recompute
 from .report import tile
 from .task import Batch, Losses, Phase
 
@@ -62,6 +64,9 @@ class AutoencoderRecipe:
     """s, how much further the latent compresses in each direction."""
     train_trunk: bool = False
     """Give the detail branch a trunk of its own, trained; otherwise it uses the frozen base encoder's (SD3 recipe)."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the decoder's blocks for the backward pass and compute the rest again: less memory, more
+    time."""
     detail_dropout: float = 0.1
     """Share of samples whose whole detail latent is set to zero before decoding."""
 
@@ -140,8 +145,11 @@ class AutoencoderTask:
         start_certain(self.model.detail_down.conv)
         if recipe.start is not None:
             start_from(self.model, recipe.start)
+        if recipe.gradient_checkpointing:
+            recompute(trained_blocks(self.model))
         if recipe.run.compile:
-            self.model.decoder.compile()
+            for part in (self.model.base_encoder.mid, self.model.decoder.mid, *self.model.decoder.up):
+                part.compile()
         critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
         self.phase = AutoencoderPhase(self.model, recipe, critic)
         self.phases: dict[str, Phase] = {"autoencoder": self.phase}
@@ -168,6 +176,13 @@ class AutoencoderTask:
         path = folder / tiny.AUTOENCODER
         checkpoints.save_autoencoder(path, self.model, Recommended(size=self.recipe.data.size))
         return [path]
+
+
+def trained_blocks(model: DAVAE) -> list[nn.Module]:
+    """The blocks that gradients go through and that hold most of what a backward pass needs."""
+    parts = (model.decoder, model.detail_trunk or nn.Identity())
+    kinds = (ResnetBlock, AttnBlock, Upsample, Downsample)
+    return [module for part in parts for module in part.modules() if isinstance(module, kinds)]
 
 
 def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bool) -> DAVAE:
@@ -214,7 +229,7 @@ def start_from(model: DAVAE, path: Path) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Train from the command line."""
-    from .tiny.recipes import AUTOENCODER
+    from .recipes import AUTOENCODER
 
     recipe = from_command_line(AUTOENCODER, __doc__, args)
     factor = base_autoencoder.load(recipe.base).config.factor * recipe.scale

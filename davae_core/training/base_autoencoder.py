@@ -13,7 +13,7 @@ import torch
 from ..autoencoder import Autoencoder, AutoencoderConfig
 from ..checkpoints import files
 from ..latent import BASE_NORMALISATION
-from . import script
+from . import pretrained, script
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
 from .draws import Draws
@@ -99,8 +99,8 @@ def scaled(state: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Ten
 
 
 def load(path: Path) -> Autoencoder:
-    """The autoencoder in a file in the SD3 VAE's layout, as :meth:`BaseAutoencoderTask.export` writes it."""
-    state, _ = files.read(path)
+    """The autoencoder in a file in the SD3 VAE's layout, or in a checkpoint that holds one."""
+    state = pretrained.autoencoder(path)
     model = Autoencoder(AutoencoderConfig.from_state_dict(state))
     model.load_state_dict(state)
     return model.eval()
@@ -108,7 +108,7 @@ def load(path: Path) -> Autoencoder:
 
 def main(args: list[str] | None = None) -> int:
     """Train from the command line."""
-    from .tiny.recipes import BASE_AUTOENCODER
+    from .recipes import BASE_AUTOENCODER
 
     recipe = from_command_line(BASE_AUTOENCODER, __doc__, args)
     return script.launch(recipe, recipe.model.factor, lambda images: BaseAutoencoderTask(recipe, images))

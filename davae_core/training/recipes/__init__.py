@@ -1,0 +1,9 @@
+"""All recipes by the name they have on a command line: name to (one line about it, recipe)."""
+
+from ..tiny import recipes as tiny
+from . import sd3_vae, sd35m
+
+BASE_AUTOENCODER = tiny.BASE_AUTOENCODER
+BASE_DIT = tiny.BASE_DIT
+AUTOENCODER = tiny.AUTOENCODER | sd3_vae.AUTOENCODER
+ADAPTER = tiny.ADAPTER | sd35m.ADAPTER
