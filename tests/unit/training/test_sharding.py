@@ -17,7 +17,15 @@ from davae_core.checkpoints import files
 from davae_core.training import state
 
 CONFIGS = Path(__file__).parents[3] / "davae_core" / "training" / "configs"
-OPTIONS = "--flow.min-snr 5 --flow.prompt-dropout 0.3 --gradient-checkpointing --optimiser.schedule constant".split()
+OPTIONS = [
+    "--flow.min-snr",
+    "5",
+    "--flow.prompt-dropout",
+    "0.3",
+    "--gradient-checkpointing",
+    "--optimiser.schedule",
+    "constant",
+]
 # As in test_processes: small steps keep rounding apart from mistakes.
 CALM = ["--optimiser.lr", "1e-4"]
 STEPS = 20
