@@ -1,7 +1,7 @@
 """Stage 2: an MMDiT with a wider embedder and head and LoRA.
 
-In the formulas: T image tokens, L text tokens, h hidden, N blocks, d blocks with dual attention, r rank, B images at once,
-e bytes of a number in the forward pass (4 in fp32, 2 in bf16).
+In the formulas: T image tokens, L text tokens, h hidden, N blocks, d blocks with dual attention, r rank, B images at
+once, e bytes of a number in the forward pass (4 in fp32, 2 in bf16).
 """
 
 from dataclasses import dataclass, replace
@@ -143,11 +143,13 @@ def memory(shape: Stage2, batch: int, gpus: int = 1, sharded: bool = False) -> l
         inputs = 4.0 * batch * (t + n) * h * m.depth
         terms += [
             Bytes("inputs of the blocks", "4 B (T + L) h N", inputs, "training"),
-            Bytes("one block, computed again", kept[0][0], max(count for _, count in kept), "training"),
+            Bytes("one block, computed again", *max(kept, key=lambda entry: entry[1]), "training"),
         ]
     else:
         total = sum(count * times for (_, count), times in zip(kept, counts(shape), strict=True))
-        terms.append(Bytes("inside all blocks", "; ".join(formula for formula, _ in kept), total, "training"))
+        terms.append(
+            Bytes("inside all blocks", "; ".join(formula for formula, count in kept if count), total, "training")
+        )
     passing = 8.0 * batch * t * h * e
     terms.append(Bytes("gradients on their way through an MLP", f"2 x 4 B T h e, e = {e}", passing, "training"))
     return terms
@@ -160,7 +162,7 @@ def counts(shape: Stage2) -> tuple[int, int, int]:
 
 
 def saved(shape: Stage2, batch: int) -> list[tuple[str, float]]:
-    """Formula and bytes of what a dual, a plain and the last block keep for the backward pass; 0 where there is none."""
+    """Formula and bytes of what a dual, a plain and the last block keep for the backward pass; 0 bytes of a kind not there."""
     h, t, n = shape.model.hidden, shape.tokens, shape.text
     e = 2 if shape.bf16 else 4
     image, text, _ = shape.layers
@@ -170,4 +172,4 @@ def saved(shape: Stage2, batch: int) -> list[tuple[str, float]]:
         low = e * shape.rank * (image * t + text * n)
         formula = f"B (({per_image} T + {per_text} L) h + {e} r ({image} T + {text} L))"
         out.append((formula, float(batch * ((per_image * t + per_text * n) * h + low)) if times else 0.0))
-    return [entry for entry in out if entry[1]] + [entry for entry in out if not entry[1]]
+    return out

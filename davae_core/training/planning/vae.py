@@ -1,7 +1,7 @@
 """Stage 1: the joint decoder and the detail branch on a frozen base VAE; and the encoder by itself, for stage 2.
 
-In the formulas: P pixels of an image, w widths of the VAE's levels, B images at once, e bytes of a number in the forward
-pass (4 in fp32, 2 in bf16). Group norm is in fp32 in both.
+In the formulas: P pixels of an image, w widths of the VAE's levels, B images at once, e bytes of a number in the
+forward pass (4 in fp32, 2 in bf16). Group norm is in fp32 in both.
 """
 
 from collections.abc import Iterator
@@ -125,7 +125,9 @@ def memory(shape: Stage1, batch: int) -> list[Bytes]:
     frozen, trained = parameters(shape)
     e, pixels = 2 if shape.bf16 else 4, shape.pixels
     blocks = list(decoder_blocks(shape.base, pixels))
-    norms = 8 + e  # of a half block and its input feature: input and normed input in fp32, SiLU of it for the convolution
+    norms = (
+        8 + e
+    )  # of a half block and its input feature: input and normed input in fp32, SiLU of it for the convolution
     inner = [norms * batch * (inputs + outputs) * here for inputs, outputs, here, _ in blocks]
     first = shape.base.widths[0]
     head = norms * batch * first * pixels
@@ -141,7 +143,12 @@ def memory(shape: Stage1, batch: int) -> list[Bytes]:
         widest, _, here, _ = blocks[most]
         formula = f"{norms} B (in + out) pixels of the largest"
         terms += [
-            Bytes("inputs of the decoder's blocks", "4 B in pixels, summed; a quarter before upsampling", inputs, "training"),
+            Bytes(
+                "inputs of the decoder's blocks",
+                "4 B in pixels, summed; a quarter before upsampling",
+                inputs,
+                "training",
+            ),
             Bytes("one block, computed again", formula, inner[most], "training"),
             Bytes("gradients on their way through it", "2 x 4 B in pixels", 8.0 * batch * widest * here, "training"),
         ]
@@ -149,7 +156,14 @@ def memory(shape: Stage1, batch: int) -> list[Bytes]:
         ups = sum(float(e * batch * i * here) for i, _, here, up in blocks if up)
         formula = f"{norms} B (in + out) pixels + {e} B in pixels after upsampling, summed"
         terms.append(Bytes("inside the decoder's blocks", formula, sum(inner) + ups, "training"))
-        terms.append(Bytes("gradients on their way", "2 x 4 B w1 P", 8.0 * batch * blocks[shape.base.blocks][0] * pixels, "training"))
+        terms.append(
+            Bytes(
+                "gradients on their way",
+                "2 x 4 B w1 P",
+                8.0 * batch * blocks[shape.base.blocks][0] * pixels,
+                "training",
+            )
+        )
     if shape.perceptual:
         activations = sum(e * outputs / per for _, outputs, per in VGG)
         normed = 12.0 * (64 + 128 / 4 + 256 / 16 + 512 / 64 + 512 / 256)

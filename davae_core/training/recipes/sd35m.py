@@ -21,9 +21,9 @@ SD35M_1024 = AdapterRecipe(
     data=DataConfig(images=tyro.MISSING, size=1024, flip=False, workers=8),
     run=RunConfig(
         Path("output/sd35m_1024"),
-        # They publish 5 H100-days and no steps: 65,000 of 96 images are that at 45 % of an H100's arithmetic
+        # They publish 5 H100-days and no steps: 120,000 of 96 images are that at 40 % of an H100's arithmetic
         # (python -m davae_core.training.plan).
-        steps=65_000,
+        steps=120_000,
         # Published for 2048 px alone.
         batch=96,
         # Six at a time fit 24 GB (see the planner); the result is the same, raise it on larger GPUs.
@@ -52,7 +52,7 @@ SD35M_1024 = AdapterRecipe(
 SD35M_2048 = replace(
     SD35M_1024,
     data=replace(SD35M_1024.data, size=2048),
-    # Steps are not published: a third of the first stage, which has learned the new channels.
+    # Steps are not published: a sixth of the first stage, which has learned the new channels.
     run=replace(SD35M_1024.run, out=Path("output/sd35m_2048"), steps=20_000, batch=96, micro_batch=1),
     start=tyro.MISSING,
     # They: 10,000. The adapter it starts from has learned the detail channels; without their part of the loss they

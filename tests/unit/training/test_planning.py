@@ -103,7 +103,7 @@ def test_the_arithmetic_of_sd35_medium_is_that_of_the_paper() -> None:
 def test_what_a_block_keeps_is_what_autograd_saves(bf16: bool) -> None:
     shape = replace(TOY, tokens=192, text=90, bf16=bf16)
     model = adapter.AdaptedModel(
-        MMDiT(MODEL).state_dict() if not bf16 else MMDiT(MODEL).state_dict(),
+        MMDiT(MODEL).state_dict(),
         shape.latent,
         shape.rank,
         shape.targets,
@@ -154,9 +154,9 @@ if told["stage"] == 2:
     config = MMDiTConfig(**{**told["model"], "dual_attention": tuple(told["model"]["dual_attention"])})
     with torch.device("meta"):
         names = {name: tensor.shape for name, tensor in MMDiT(config).state_dict().items()}
-    model = adapter.AdaptedModel(
-        {name: torch.zeros(shape).expand(shape) for name, shape in names.items()}, LatentSpec(), told["rank"], PAPER_TARGETS, 0
-    )
+    base = {name: torch.zeros(shape) for name, shape in names.items()}
+    model = adapter.AdaptedModel(base, LatentSpec(), told["rank"], PAPER_TARGETS, 0)
+    del base
     if told["recompute"]:
         model.checkpoint_blocks()
     side = int(told["tokens"] ** 0.5) * config.patch
@@ -190,9 +190,7 @@ print(peak() - before)
 def measured(stage: int, batch: int, shape: Stage1 | Stage2) -> int:
     """Peak memory of two training steps, above that of the process without a model."""
     told = json.dumps({"stage": stage, "batch": batch, **asdict(shape)})
-    ended = subprocess.run(
-        [sys.executable, "-c", DRIVER, told], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run([sys.executable, "-c", DRIVER, told], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return int(ended.stdout)
 
@@ -219,3 +217,53 @@ def test_an_autoencoder_step_takes_the_memory_that_is_planned(recompute: bool) -
     found = measured(1, 4, shape)
     print(f"planned {planned / 1e6:.0f} MB, measured {found / 1e6:.0f} MB")
     assert found == pytest.approx(planned, rel=0.2)
+
+
+def report(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = plan.main(list(args))
+    return code, capsys.readouterr().out
+
+
+def test_the_plan_of_both_stages_is_printed_with_its_formulas(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = report(*["--gpus", "8", "--memory", "80", "--images", "100k", "--size", "1024"], capsys=capsys)
+    assert code == 0
+    assert "sd3_vae_f16: 1024 px, batch 128 = 8 GPUs x 16 images" in said
+    assert "sd35m_1024: 1024 px, batch 96 = 8 GPUs x 12 images" in said
+    for formula in (
+        "24 h^2 T N",
+        "4 (T + L)^2 h",
+        "4 weight + 4 gradient + 8 moments + 4 average",
+        "a pass over 100,000",
+    ):
+        assert formula in said
+
+
+@pytest.mark.parametrize(("recipe", "memory"), [("sd35m_1024", 24), ("sd35m_2048", 24), ("sd3_vae_f16", 24)])
+def test_the_recipes_own_micro_batches_fit_24_gb(recipe: str, memory: int, capsys: pytest.CaptureFixture[str]) -> None:
+    known = {**plan.recipes.ADAPTER, **plan.recipes.AUTOENCODER}
+    micro = known[recipe][1].run.micro_batch
+    args = f"--gpus 1 --memory {memory} --recipe {recipe} --micro-batch {micro}"
+    assert report(*args.split(), capsys=capsys)[0] == 0
+    code, said = report(*args.replace("24", "5").split(), capsys=capsys)
+    assert code == 1 and "does NOT fit" in said
+
+
+def test_more_memory_takes_more_images_at_once() -> None:
+    recipe = plan.recipes.ADAPTER["sd35m_1024"][1]
+    small, large = (plan.plan("r", recipe, plan.PlanConfig(gpus=8, memory=memory)) for memory in (24, 80))
+    assert small.fits and small.micro_batch < large.micro_batch == 12
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("--gpus 7", "batch of 128 .* cannot be divided among 7 GPUs"),
+        ("--recipe sd4", "no recipe 'sd4' to plan; choose one of sd35m_1024"),
+        ("--size 1000", "1000 is not a multiple of 32; use 992 or 1024"),
+        ("--images many", "100k or 1.5M, got 'many'"),
+        ("--utilisation 2", "utilisation in"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(args: str, said: str) -> None:
+    with pytest.raises(DAVAEError, match=said):
+        plan.main(args.split())
