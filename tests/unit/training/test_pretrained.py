@@ -40,6 +40,6 @@ def test_the_vae_of_a_checkpoint_loads(checkpoint: Path) -> None:
 
 def test_what_is_no_base_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a DA-VAE adapter; give an unadapted SD3"):
-        pretrained.diffusion_model(tiny.ROOT / "loras" / tiny.ADAPTER)
+        pretrained.diffusion_model(tiny.FOLDERS["loras"] / tiny.ADAPTER)
     with pytest.raises(CheckpointError, match="is a DA-VAE adapter; give a VAE"):
-        pretrained.autoencoder(tiny.ROOT / "loras" / tiny.ADAPTER)
+        pretrained.autoencoder(tiny.FOLDERS["loras"] / tiny.ADAPTER)

@@ -70,7 +70,7 @@ def test_a_run_starts_from_what_the_adapter_has_learned(stages: Any, tmp_path: P
     assert learned.state["davae.x_embedder.proj.detail.weight"].abs().max() > 1e-4, "nothing to start from"
 
 
-@pytest.mark.parametrize(("more", "said"), [(["--rank", "8"], "is .*, expected .*--rank"), ([], "another DA-VAE")])
+@pytest.mark.parametrize(("more", "said"), [(["--rank", "8"], r"is .*, expected .*--rank"), ([], "another DA-VAE")])
 def test_an_adapter_of_another_shape_or_latent_is_no_start(
     stages: Any, tmp_path: Path, more: list[str], said: str
 ) -> None:
@@ -99,17 +99,17 @@ def test_captions_may_come_as_embeddings(stages: Any, tmp_path: Path, monkeypatc
     more = ["--text-encoder", "None", "--embeddings", str(tmp_path)]
     assert stages.run("adapter", tmp_path / "run", 2, *more) == 0
     assert "" in given.seen and any("wave" in caption for caption in given.seen)
-    with pytest.raises(DAVAEError, match="no embedding.*word_dropout=0.5"):
+    with pytest.raises(DAVAEError, match=r"no embedding.*word_dropout=0\.5"):
         stages.run("adapter", tmp_path / "other", 2, *more, "--flow.word-dropout", "0.5")
 
 
 def test_captions_have_one_source(stages: Any, tmp_path: Path) -> None:
-    with pytest.raises(DAVAEError, match="give one of --text-encoder .* and --embeddings"):
+    with pytest.raises(DAVAEError, match=r"give one of --text-encoder .* and --embeddings"):
         stages.run("adapter", tmp_path, 1, "--embeddings", str(tmp_path))
 
 
 def test_weights_held_in_bf16_need_a_pass_in_bf16(stages: Any, tmp_path: Path) -> None:
-    with pytest.raises(DAVAEError, match="--run.precision bf16"):
+    with pytest.raises(DAVAEError, match=r"--run\.precision bf16"):
         stages.run("adapter", tmp_path, 1, "--frozen", "bf16", "--run.precision", "fp32")
 
 
@@ -132,7 +132,7 @@ def test_recomputation_changes_no_loss_of_the_autoencoder(stages: Any, tmp_path:
     assert stages.curves(tmp_path / "plain") == stages.curves(tmp_path / "again")
 
 
-def test_the_compile_switch_reaches_what_is_called(
+def test_the_compile_switch_reaches_the_parts_called(
     stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[str] = []
