@@ -66,6 +66,8 @@ class AdapterRecipe:
     gives the same numbers."""
     keep_latents: bool = False
     """Keep the latents of all images in memory."""
+    file: str = tiny.ADAPTER
+    """Name of the file that the run leaves in its folder."""
     recommended: Recommended = Recommended(shift=4.0, cfg=2.5, steps=30)
     """How the finished adapter is to be sampled; a size of 0 is the size of the data."""
 
@@ -260,8 +262,8 @@ class AdapterTask:
         """The adapter in fp32."""
         told = self.recipe.recommended
         adapter = self.model.adapter(replace(told, size=told.size or self.recipe.data.size))
-        checkpoints.save_adapter(folder / tiny.ADAPTER, adapter)
-        return [folder / tiny.ADAPTER]
+        checkpoints.save_adapter(folder / self.recipe.file, adapter)
+        return [folder / self.recipe.file]
 
 
 def main(args: list[str] | None = None) -> int:

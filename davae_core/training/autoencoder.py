@@ -64,6 +64,8 @@ class AutoencoderRecipe:
     """s, how much further the latent compresses in each direction."""
     train_trunk: bool = False
     """Give the detail branch a trunk of its own, trained; otherwise it uses the frozen base encoder's (SD3 recipe)."""
+    file: str = tiny.AUTOENCODER
+    """Name of the file that the run leaves in its folder."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the decoder's blocks for the backward pass and compute the rest again: less memory, more
     time."""
@@ -173,7 +175,7 @@ class AutoencoderTask:
         """The DA-VAE in fp32, with the statistics of its detail channels."""
         mean, std = script.statistics(self.model.encode_detail(x) for x in self.images())
         self.model.set_detail_statistics(mean.tolist(), std.tolist())
-        path = folder / tiny.AUTOENCODER
+        path = folder / self.recipe.file
         checkpoints.save_autoencoder(path, self.model, Recommended(size=self.recipe.data.size))
         return [path]
 

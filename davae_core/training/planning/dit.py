@@ -162,7 +162,7 @@ def counts(shape: Stage2) -> tuple[int, int, int]:
 
 
 def saved(shape: Stage2, batch: int) -> list[tuple[str, float]]:
-    """What a dual, a plain and the last block keep for the backward pass: formula, and bytes (0 of a kind not there)."""
+    """What a dual, a plain and the last block keep for the backward pass: formula, bytes (0 of a kind not there)."""
     h, t, n = shape.model.hidden, shape.tokens, shape.text
     e = 2 if shape.bf16 else 4
     image, text, _ = shape.layers

@@ -46,6 +46,7 @@ SD35M_1024 = AdapterRecipe(
     gradient_checkpointing=True,
     # A matter of memory alone: the forward pass is in bf16 anyhow.
     frozen="bf16",
+    file="sd35m_davae_1024.safetensors",
     recommended=Recommended(shift=4.0, cfg=2.5, steps=30),
 )
 
@@ -55,6 +56,7 @@ SD35M_2048 = replace(
     # Steps are not published: a sixth of the first stage, which has learned the new channels.
     run=replace(SD35M_1024.run, out=Path("output/sd35m_2048"), steps=20_000, batch=96, micro_batch=1),
     start=tyro.MISSING,
+    file="sd35m_davae_2048.safetensors",
     # They: 10,000. The adapter it starts from has learned the detail channels; without their part of the loss they
     # would only be forgotten first.
     detail_warmup=0,

@@ -40,6 +40,7 @@ SD3_VAE_F16 = AutoencoderRecipe(
     # They do it for ImageNet (0.1) and not for SD3. Without it a latent whose detail is zero decodes to nothing known,
     # and Detail Decode's strength and an ordinary SD3.5 latent as base need just that.
     detail_dropout=0.1,
+    file="sd35_davae.safetensors",
     # A matter of memory alone: the numbers are the same.
     gradient_checkpointing=True,
 )
