@@ -84,6 +84,18 @@ def decoder(config: AutoencoderConfig, pixels: float) -> float:
     return total
 
 
+def recomputed(config: AutoencoderConfig, pixels: float) -> float:
+    """Operations that checkpointing repeats: of every block, up to the last input that its backward pass wants.
+
+    That is the second convolution's, or the shortcut's behind it where there is one; of an upsampling, nothing before.
+    """
+    total, small, wide = 0.0, pixels / config.factor**2, config.widths[-1]
+    total += 2 * conv(wide, wide, 3, small) + 3 * conv(wide, wide, 1, small) + 4.0 * small**2 * wide
+    for inputs, outputs, here, _ in decoder_blocks(config, pixels):
+        total += conv(inputs, outputs, 3, here) + (conv(outputs, outputs, 3, here) if inputs != outputs else 0.0)
+    return total
+
+
 def flops(shape: Stage1) -> list[Flops]:
     """Of one image."""
     base, latent, pixels = shape.base, shape.latent, float(shape.pixels)
@@ -95,7 +107,6 @@ def flops(shape: Stage1) -> list[Flops]:
     up = conv(latent.channels, wide * square, 3, features / square)
     decode = decoder(base, pixels)
     vgg = sum(conv(inputs, outputs, 3, pixels / per) for inputs, outputs, per in VGG)
-    edges = conv(base.widths[0], base.image_channels, 3, pixels)
     terms = [
         Flops("base encoder, on the 1/s image", "2 in out k^2 pixels per convolution, P / s^2", small),
         Flops("trunk of the detail branch, frozen", "2 in out k^2 pixels per convolution, P", trunk),
@@ -106,7 +117,7 @@ def flops(shape: Stage1) -> list[Flops]:
             "2 in out k^2 pixels per convolution + 4 (P/f^2)^2 w",
             decode,
             2 * decode,
-            decode - edges if shape.recompute else 0.0,
+            recomputed(base, pixels) if shape.recompute else 0.0,
         ),
     ]
     if shape.perceptual:

@@ -178,32 +178,34 @@ else:
 
 parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 adam, average = optimiser.adamw(parameters, OptimiserConfig()), ema.EMA(parameters, 0.999)
-for step in range(2):  # moments are there from the first step on
-    adam.zero_grad(set_to_none=True)
-    run().square().mean().backward()
-    adam.step()
-    average.update(step + 1)
+for p in parameters.values():
+    p.grad = torch.zeros_like(p)
+adam.step()  # moments are there from the first step on
+adam.zero_grad(set_to_none=True)
+run().square().mean().backward()
+adam.step()
+average.update(1)
 print(peak() - before)
 """
 
 
 def measured(stage: int, batch: int, shape: Stage1 | Stage2) -> int:
-    """Peak memory of two training steps, above that of the process without a model."""
+    """Peak memory of a training step with moments, above that of the process without a model."""
     told = json.dumps({"stage": stage, "batch": batch, **asdict(shape)})
     ended = subprocess.run([sys.executable, "-c", DRIVER, told], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return int(ended.stdout)
 
 
-MEDIUM = MMDiTConfig(hidden=512, depth=6, grid=48, context=256, pooled=256, dual_attention=(0, 1, 2))
+MEDIUM = MMDiTConfig(hidden=256, depth=4, grid=48, context=256, pooled=256, dual_attention=(0, 1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [True, False])
 def test_an_adapter_step_takes_the_memory_that_is_planned(recompute: bool) -> None:
-    shape = Stage2(MEDIUM, tokens=400, text=100, rank=32, bf16=False, recompute=recompute)
-    planned = terms.peak(dit.memory(shape, 3))
-    found = measured(2, 3, shape)
+    shape = Stage2(MEDIUM, tokens=576, text=100, rank=32, bf16=False, recompute=recompute)
+    planned = terms.peak(dit.memory(shape, 4))
+    found = measured(2, 4, shape)
     print(f"planned {planned / 1e6:.0f} MB, measured {found / 1e6:.0f} MB")
     assert found == pytest.approx(planned, rel=0.2)
 
@@ -211,10 +213,10 @@ def test_an_adapter_step_takes_the_memory_that_is_planned(recompute: bool) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [True, False])
 def test_an_autoencoder_step_takes_the_memory_that_is_planned(recompute: bool) -> None:
-    base = AutoencoderConfig(widths=(32, 64, 64, 64), blocks=1)
+    base = AutoencoderConfig(widths=(32, 32, 64, 64), blocks=1)
     shape = Stage1(base, pixels=256 * 256, bf16=False, recompute=recompute, perceptual=False)
-    planned = terms.peak(vae.memory(shape, 4))
-    found = measured(1, 4, shape)
+    planned = terms.peak(vae.memory(shape, 1))
+    found = measured(1, 1, shape)
     print(f"planned {planned / 1e6:.0f} MB, measured {found / 1e6:.0f} MB")
     assert found == pytest.approx(planned, rel=0.2)
 
