@@ -176,7 +176,7 @@ def lines(made: Plan, config: PlanConfig) -> list[str]:
     for held in made.memory:
         rows.append((f"{held.count / 1e9:.2f} GB", f"{held.name} ({held.when})", held.formula))
     most = peak(made.memory) / 1e9
-    rows.append((f"{most:.1f} GB", "at most", "always + the larger of encoding and training"))
+    rows.append((f"{most:.1f} GB", "at most", "always + max(encoding, training + max(loss, backward))"))
     verdict = "fits" if made.fits else "does NOT fit"
     rows += [
         (f"{most / config.memory:.0%}", f"of {config.memory:g} GB: {verdict}", f"limit {USABLE:.0%}"),

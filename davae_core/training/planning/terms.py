@@ -38,7 +38,8 @@ class Bytes:
         name: of what is held.
         formula: how it is counted.
         count: bytes.
-        when: "always"; or "encoding" or "training", which are not at the same time.
+        when: "always"; or "encoding" or "training", which are not at the same time; or of training the end of the
+            forward pass alone, "loss", or what comes after it, "backward".
     """
 
     name: str
@@ -49,10 +50,11 @@ class Bytes:
 
 def peak(terms: Iterable[Bytes]) -> float:
     """The most that is held at once."""
-    totals = {"always": 0.0, "encoding": 0.0, "training": 0.0}
+    totals = {"always": 0.0, "encoding": 0.0, "training": 0.0, "loss": 0.0, "backward": 0.0}
     for term in terms:
         totals[term.when] += term.count
-    return totals["always"] + max(totals["encoding"], totals["training"])
+    training = totals["training"] + max(totals["loss"], totals["backward"])
+    return totals["always"] + max(totals["encoding"], training)
 
 
 def conv(inputs: int, outputs: int, kernel: int, pixels: float) -> float:

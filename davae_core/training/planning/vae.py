@@ -141,12 +141,13 @@ def memory(shape: Stage1, batch: int) -> list[Bytes]:
     )  # of a half block and its input feature: input and normed input in fp32, SiLU of it for the convolution
     inner = [norms * batch * (inputs + outputs) * here for inputs, outputs, here, _ in blocks]
     first = shape.base.widths[0]
+    end = "loss" if shape.recompute else "training"  # gone by the time the largest block is computed again
     head = norms * batch * first * pixels
     terms = [
         Bytes("frozen weights", f"{frozen:,} x 4", frozen * 4.0),
         Bytes("trained", f"{trained:,} x ({TRAINED_FORMULA})", float(trained * TRAINED_BYTES)),
         encoding(shape, batch),
-        Bytes("last norm and convolution", f"{norms} B w0 P", head, "training"),
+        Bytes("last norm and convolution", f"{norms} B w0 P", head, end),
     ]
     if shape.recompute:
         inputs = sum(4.0 * batch * (i * here + (i * here / 4 if up else 0)) for i, _, here, up in blocks)
@@ -160,8 +161,8 @@ def memory(shape: Stage1, batch: int) -> list[Bytes]:
                 inputs,
                 "training",
             ),
-            Bytes("one block, computed again", formula, inner[most], "training"),
-            Bytes("gradients on their way through it", "2 x 4 B in pixels", 8.0 * batch * widest * here, "training"),
+            Bytes("one block, computed again", formula, inner[most], "backward"),
+            Bytes("gradients on their way through it", "2 x 4 B in pixels", 8.0 * batch * widest * here, "backward"),
         ]
     else:
         ups = sum(float(e * batch * i * here) for i, _, here, up in blocks if up)
@@ -184,7 +185,7 @@ def memory(shape: Stage1, batch: int) -> list[Bytes]:
                 "its activations",
                 f"B P (270 e + 3 x 4 x 122), e = {e}",
                 batch * pixels * (activations + normed),
-                "training",
+                end,
             ),
         ]
     return terms

@@ -1,6 +1,7 @@
 """The planner against what PyTorch counts, and against the memory of real training steps in processes of their own."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,45 +147,51 @@ from davae_core.training.config import OptimiserConfig
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
+def train(told):
+    batch = told["batch"]
+    if told["stage"] == 2:
+        config = MMDiTConfig(**{**told["model"], "dual_attention": tuple(told["model"]["dual_attention"])})
+        with torch.device("meta"):
+            names = {name: tensor.shape for name, tensor in MMDiT(config).state_dict().items()}
+        base = {name: torch.zeros(shape) for name, shape in names.items()}
+        model = adapter.AdaptedModel(base, LatentSpec(), told["rank"], PAPER_TARGETS, 0)
+        del base
+        if told["recompute"]:
+            model.checkpoint_blocks()
+        side = int(told["tokens"] ** 0.5) * config.patch
+        x, text = torch.randn(batch, 32, side, side), torch.randn(batch, told["text"], config.context)
+        run = lambda: model(x, torch.rand(batch), text, torch.randn(batch, config.pooled))
+    else:
+        base = AutoencoderConfig(**{**told["base"], "widths": tuple(told["base"]["widths"])})
+        model = DAVAE(DAVAEConfig(base, LatentSpec(), base_decoder=True))
+        model.base_encoder.requires_grad_(False), model.base_decoder.requires_grad_(False)
+        if told["recompute"]:
+            autoencoder.recompute(autoencoder.trained_blocks(model))
+        side = int(told["pixels"] ** 0.5)
+        x = torch.rand(batch, 3, side, side)
+
+        def run():
+            with torch.no_grad():
+                z, features = model.encode_base(x), model.base_encoder.features(x)
+            return model.decode(torch.cat([z, model.detail_down(features).chunk(2, dim=1)[0]], dim=1))
+
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adam, average = optimiser.adamw(parameters, OptimiserConfig()), ema.EMA(parameters, 0.999)
+    for p in parameters.values():
+        p.grad = torch.zeros_like(p)
+    adam.step()  # moments are there from the first step on
+    adam.zero_grad(set_to_none=True)
+    run().square().mean().backward()
+    adam.step()
+    average.update(1)
+
 told = json.loads(sys.argv[1])
-batch = told["batch"]
-torch.nn.functional.silu(torch.nn.Conv2d(3, 8, 3)(torch.randn(1, 3, 64, 64))).sum().backward()  # loads libraries
-before = peak()
+small = {"batch": 1, "tokens": 16, "text": 5, "rank": 2, "pixels": 32 * 32}
 if told["stage"] == 2:
-    config = MMDiTConfig(**{**told["model"], "dual_attention": tuple(told["model"]["dual_attention"])})
-    with torch.device("meta"):
-        names = {name: tensor.shape for name, tensor in MMDiT(config).state_dict().items()}
-    base = {name: torch.zeros(shape) for name, shape in names.items()}
-    model = adapter.AdaptedModel(base, LatentSpec(), told["rank"], PAPER_TARGETS, 0)
-    del base
-    if told["recompute"]:
-        model.checkpoint_blocks()
-    side = int(told["tokens"] ** 0.5) * config.patch
-    x, text = torch.randn(batch, 32, side, side), torch.randn(batch, told["text"], config.context)
-    run = lambda: model(x, torch.rand(batch), text, torch.randn(batch, config.pooled))
-else:
-    base = AutoencoderConfig(**{**told["base"], "widths": tuple(told["base"]["widths"])})
-    model = DAVAE(DAVAEConfig(base, LatentSpec(), base_decoder=True))
-    model.base_encoder.requires_grad_(False), model.base_decoder.requires_grad_(False)
-    if told["recompute"]:
-        autoencoder.recompute(autoencoder.trained_blocks(model))
-    side = int(told["pixels"] ** 0.5)
-    x = torch.rand(batch, 3, side, side)
-
-    def run():
-        with torch.no_grad():
-            z, features = model.encode_base(x), model.base_encoder.features(x)
-        return model.decode(torch.cat([z, model.detail_down(features).chunk(2, dim=1)[0]], dim=1))
-
-parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-adam, average = optimiser.adamw(parameters, OptimiserConfig()), ema.EMA(parameters, 0.999)
-for p in parameters.values():
-    p.grad = torch.zeros_like(p)
-adam.step()  # moments are there from the first step on
-adam.zero_grad(set_to_none=True)
-run().square().mean().backward()
-adam.step()
-average.update(1)
+    small["model"] = told["model"] | {"hidden": 64, "depth": 2, "grid": 8, "dual_attention": (0,)}
+train(told | small)  # loads the libraries
+before = peak()
+train(told)
 print(peak() - before)
 """
 
@@ -192,7 +199,9 @@ print(peak() - before)
 def measured(stage: int, batch: int, shape: Stage1 | Stage2) -> int:
     """Peak memory of a training step with moments, above that of the process without a model."""
     told = json.dumps({"stage": stage, "batch": batch, **asdict(shape)})
-    ended = subprocess.run([sys.executable, "-c", DRIVER, told], cwd=ROOT, capture_output=True, text=True, check=False)
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system at once
+    command = [sys.executable, "-c", DRIVER, told]
+    ended = subprocess.run(command, cwd=ROOT, env=returned, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return int(ended.stdout)
 
