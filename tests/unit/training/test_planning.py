@@ -255,7 +255,7 @@ def test_the_recipes_own_micro_batches_fit_24_gb(recipe: str, memory: int, capsy
     micro = known[recipe][1].run.micro_batch
     args = f"--gpus 1 --memory {memory} --recipe {recipe} --micro-batch {micro}"
     assert report(*args.split(), capsys=capsys)[0] == 0
-    code, said = report(*args.replace("24", "5").split(), capsys=capsys)
+    code, said = report(*args.replace(f"--memory {memory}", "--memory 5").split(), capsys=capsys)
     assert code == 1 and "does NOT fit" in said
 
 
@@ -272,9 +272,13 @@ def test_more_memory_takes_more_images_at_once() -> None:
         ("--recipe sd4", "no recipe 'sd4' to plan; choose one of sd35m_1024"),
         ("--size 1000", "1000 is not a multiple of 32; use 992 or 1024"),
         ("--images many", "100k or 1.5M, got 'many'"),
-        ("--utilisation 2", "utilisation in"),
     ],
 )
 def test_what_cannot_be_planned_is_said(args: str, said: str) -> None:
     with pytest.raises(DAVAEError, match=said):
         plan.main(args.split())
+
+
+def test_a_machine_that_there_cannot_be_is_refused() -> None:
+    with pytest.raises(DAVAEError, match="utilisation in"):
+        plan.PlanConfig(utilisation=2.0)
