@@ -1,9 +1,7 @@
 """The recipes of SD3.5-medium: the published figures, and the ways to start them."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,11 +9,14 @@ import torch
 
 from davae_core import checkpoints
 from davae_core.errors import DAVAEError
+from davae_core.evaluation import generate
 from davae_core.latent import LatentSpec
-from davae_core.training import adapter, autoencoder, config, recipes
+from davae_core.training import adapter, autoencoder, config, recipes, shards
 from davae_core.training.adapter import AdaptedModel
+from davae_core.training.embeddings import KIND, key_of
 from davae_core.training.recipes.sd3_vae import SD3_VAE_F16
 from davae_core.training.recipes.sd35m import SD35M_1024, SD35M_2048
+from davae_core.training.text import captions_in
 
 
 def test_every_recipe_has_its_name_on_the_command_line() -> None:
@@ -83,24 +84,41 @@ def test_an_adapter_of_another_shape_or_latent_is_no_start(
         stages.run("adapter", tmp_path / "run", 1, "--start", str(tmp_path / "first.safetensors"), *more)
 
 
-class FakeEmbeddings:
-    """Of every caption the length of its text."""
+@pytest.fixture
+def embedded(stages: Any, tmp_path: Path) -> Path:
+    """What the text encoder makes of every caption of the images, as ``davae_core.training.text`` stores it."""
+    text = checkpoints.load_text_encoder(stages.file("base_dit", 1)).float()
+    records: dict[str, shards.Record] = {}
+    for caption in captions_in([str(stages.images)]):
+        with torch.no_grad():
+            context, pooled = generate.encode_captions(text, [caption])
+        records[key_of(caption)] = {"clip": context[0, :3], "t5": context[0, 3:], "pooled": pooled[0]}
+    about = {"context": context.shape[-1], "pooled": pooled.shape[-1]}
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    shards.write(folder, 0, records, KIND, about)
+    shards.finish(folder, KIND, about)
+    return folder
 
-    def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        self.seen = getattr(self, "seen", set()) | set(captions)
-        lengths = torch.tensor([float(len(caption)) for caption in captions]).view(-1, 1, 1)
-        return lengths.expand(-1, 5, 24).half(), lengths[:, 0].expand(-1, 16).half()
 
+def test_captions_that_come_as_embeddings_are_read_as_the_encoder_would_give_them(
+    stages: Any, tmp_path: Path, embedded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: dict[str, list[torch.Tensor]] = {"encoder": [], "embeddings": []}
+    forward, options = AdaptedModel.forward, ["--flow.word-dropout", "0", "--run.sample-every", "2"]
+    more = {"encoder": [], "embeddings": ["--text-encoder", "None", "--embeddings", str(embedded)]}
+    for name, told in read.items():
 
-def test_captions_may_come_as_embeddings(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, given = ModuleType("davae_core.training.embeddings"), FakeEmbeddings()
-    reader.load_embeddings = lambda folder: given  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, reader.__name__, reader)
-    more = ["--text-encoder", "None", "--embeddings", str(tmp_path)]
-    assert stages.run("adapter", tmp_path / "run", 2, *more, "--flow.word-dropout", "0") == 0
-    assert "" in given.seen and any("wave" in caption for caption in given.seen)
+        def noted(model: Any, x: Any, t: Any, *text: torch.Tensor, told: list[torch.Tensor] = told) -> torch.Tensor:
+            told += text
+            return forward(model, x, t, *text)
+
+        monkeypatch.setattr(AdaptedModel, "forward", noted)
+        assert stages.run("adapter", tmp_path / name, 2, *options, *more[name]) == 0
+    assert len(read["encoder"]) > 4, "no sheet was drawn"
+    torch.testing.assert_close(read["embeddings"], read["encoder"])
     with pytest.raises(DAVAEError, match=r"no embedding.*word_dropout=0\.5"):
-        stages.run("adapter", tmp_path / "other", 2, *more, "--flow.word-dropout", "0.5")
+        stages.run("adapter", tmp_path / "other", 2, *more["embeddings"], "--flow.word-dropout", "0.5")
 
 
 def test_captions_have_one_source(stages: Any, tmp_path: Path) -> None:
