@@ -9,6 +9,9 @@ import torch
 from davae_core import tiny
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.checkpoints import files
+from davae_core.checkpoints.diffusers_names import transformer_rules
+from davae_core.checkpoints.names import from_native
+from davae_core.checkpoints.tensors import in_memory
 from davae_core.errors import CheckpointError
 from davae_core.mmdit import MMDiT
 from davae_core.training import base_autoencoder, pretrained
@@ -32,6 +35,17 @@ def test_the_diffusion_model_of_a_checkpoint_is_the_one_of_its_own_file(checkpoi
     alone = pretrained.diffusion_model(tmp_path / "alone.safetensors")
     assert "x_embedder.proj.weight" in inside
     assert inside.keys() == alone.keys() and all(torch.equal(inside[name], alone[name]) for name in inside)
+
+
+def test_the_diffusion_model_of_a_diffusers_folder_is_in_the_layouts_own_names(mmdit: MMDiT, tmp_path: Path) -> None:
+    native = mmdit.state_dict()
+    theirs = from_native(in_memory(native), transformer_rules(mmdit.config))
+    (tmp_path / "transformer").mkdir()
+    files.save(tmp_path / "transformer/diffusion_pytorch_model.safetensors", dict(theirs), {})
+    assert theirs.keys() != native.keys()
+    for folder in (tmp_path, tmp_path / "transformer"):
+        found = pretrained.diffusion_model(folder)
+        assert found.keys() == native.keys() and all(torch.equal(found[name], native[name]) for name in native)
 
 
 def test_the_vae_of_a_checkpoint_loads(checkpoint: Path) -> None:

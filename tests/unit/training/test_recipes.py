@@ -84,6 +84,14 @@ def test_an_adapter_of_another_shape_or_latent_is_no_start(
         stages.run("adapter", tmp_path / "run", 1, "--start", str(tmp_path / "first.safetensors"), *more)
 
 
+def test_units_are_the_same_whether_told_once_or_for_each_channel() -> None:
+    told = LatentSpec(detail_std=(2.0,) * 16)
+    each = replace(told, base_shift=(told.base_shift,) * 16, base_scale=(told.base_scale,) * 16)
+    assert adapter.units(each) == adapter.units(told)
+    assert adapter.units(replace(each, base_shift=(0.0,) * 16)) != adapter.units(told)
+    assert len(adapter.units(told)) == 2 * 32
+
+
 @pytest.fixture
 def embedded(stages: Any, tmp_path: Path) -> Path:
     """What the text encoder makes of every caption of the images, as ``davae_core.training.text`` stores it."""
