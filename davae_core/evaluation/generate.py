@@ -96,8 +96,19 @@ def sample(
         noise: ``[B, c, h, w]``, on the model's device.
         sampling: times and guidance.
     """
-    asked = encode_captions(text, captions)
     empty = encode_captions(text, [""] * len(captions))
+    return sample_encoded(model, encode_captions(text, captions), empty, noise, sampling)
+
+
+@torch.no_grad()
+def sample_encoded(
+    model: Callable[..., torch.Tensor],
+    asked: tuple[torch.Tensor, torch.Tensor],
+    empty: tuple[torch.Tensor, torch.Tensor],
+    noise: torch.Tensor,
+    sampling: Sampling,
+) -> torch.Tensor:
+    """:func:`sample` of captions and empty ones that are encoded already, ``(context, pooled)`` each."""
 
     def velocity(x: torch.Tensor, t: torch.Tensor, positive: bool) -> torch.Tensor:
         return model(x, t, *(asked if positive else empty))

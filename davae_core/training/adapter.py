@@ -6,30 +6,31 @@ Source: arXiv 2603.22125 sec. 3.2. The embedder and the head, widened by zeros, 
 Writes an adapter file.
 """
 
-import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import checkpoints, flow, tiny
 from ..adapter import EMBED, HEAD, PAPER_TARGETS, PREFIX, WIDENED, Adapter, Recommended, widen, zero_adapter
-from ..checkpoints import files
+from ..errors import DAVAEError
 from ..evaluation import generate
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
 from ..text_encoder import TextEncoder
-from . import lora, script
+from . import lora, pretrained, script
 from .base_dit import FlowConfig, noised
 from .captions import thinned
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
 from .draws import Draws
-from .embeddings import present
+from .embeddings import Embeddings, present
 from .latents import Encode, LatentCache
 from .latents_cache import load_latents
+from .prompts import encode, source
+from .recompute import recompute
 from .report import tile
 from .task import Batch, Losses, Phase
 
@@ -43,11 +44,16 @@ class AdapterRecipe:
     data: DataConfig
     run: RunConfig
     model: Path
-    """File of the pretrained diffusion model."""
-    text_encoder: Path
-    """File of its text encoder."""
+    """The pretrained diffusion model: its file, a whole checkpoint, or a folder of diffusers' layout."""
     autoencoder: Path
     """File of the DA-VAE."""
+    text_encoder: Path | None = None
+    """File of the tiny model's text encoder, for the tiny model."""
+    embeddings: Path | None = None
+    """Folder of the captions' embeddings, computed before (python -m davae_core.training.text): no text encoder is
+    loaded."""
+    start: Path | None = None
+    """Adapter file whose weights the run starts from, for the same model and DA-VAE; otherwise from zero."""
     optimiser: OptimiserConfig = OptimiserConfig()
     flow: FlowConfig = FlowConfig(shift=4.0, min_snr=5.0)
     rank: int = 256
@@ -58,11 +64,16 @@ class AdapterRecipe:
     """Steps in which the weight of the detail channels rises from 0 to 1 (N_warm)."""
     gradient_checkpointing: bool = False
     """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+    frozen: Literal["fp32", "bf16"] = "fp32"
+    """How the weights that are not trained are held. bf16 takes half the memory and, where the forward pass is in bf16,
+    gives the same numbers."""
     keep_latents: bool = False
     """Keep the latents of all images in memory."""
     latents: Path | None = None
     """Folder of the images' latents, computed before (python -m davae_core.training.latents_cache): the DA-VAE stays
     off the GPU and only draws the sample sheets."""
+    file: str = tiny.ADAPTER
+    """Name of the file that the run leaves in its folder."""
     recommended: Recommended = Recommended(shift=4.0, cfg=2.5, steps=30)
     """How the finished adapter is to be sampled; a size of 0 is the size of the data."""
 
@@ -75,24 +86,40 @@ class AdaptedModel(nn.Module):
         latent: the latent to adapt to.
         rank, targets: of the LoRA.
         seed: draws the LoRA's first factors.
+        start: what is learned already; nothing where it is not given.
+        frozen: dtype of the matrices that are not trained; the positions keep the file's unless it is float32.
+
+    Raises:
+        DAVAEError: ``start`` is for another model, latent or LoRA.
     """
 
     def __init__(
-        self, base: dict[str, torch.Tensor], latent: LatentSpec, rank: int, targets: tuple[str, ...], seed: int
+        self,
+        base: dict[str, torch.Tensor],
+        latent: LatentSpec,
+        rank: int,
+        targets: tuple[str, ...],
+        seed: int,
+        start: Adapter | None = None,
+        frozen: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         config = MMDiTConfig.from_state_dict(base)
-        zero = zero_adapter(config, latent, rank, targets, torch.Generator().manual_seed(seed))
-        self.adapter_config = zero.config
+        adapter = zero_adapter(config, latent, rank, targets, torch.Generator().manual_seed(seed))
+        self.adapter_config = adapter.config
+        if start is not None:
+            check_continues(start, adapter)
+            adapter = Adapter(adapter.config, {name: tensor.float() for name, tensor in start.state.items()})
         self.start = {name: base[name].float().clone() for name in WIDENED}
         with torch.device("meta"):
             self.mmdit = MMDiT(replace(config, in_channels=latent.channels, out_channels=latent.channels))
-        state = {name: tensor.float().clone() for name, tensor in base.items()}
-        self.mmdit.load_state_dict(state | widen(state, zero), assign=True)
+        # Copies: a tensor of the file is a view of it on the disk.
+        state = {name: tensor.to(_dtype(name, tensor, frozen), copy=True) for name, tensor in base.items()}
+        self.mmdit.load_state_dict(state | widen(state, adapter), assign=True)
         self.mmdit.requires_grad_(False)
         for name in WIDENED:
             self.mmdit.get_parameter(name).requires_grad_(True)
-        self.places = lora.attach(self.mmdit, zero)
+        self.places = lora.attach(self.mmdit, adapter)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         """As :class:`MMDiT`, with ``x [B, C + D, h, w]``; text tokens that are all zeros fill up and are not read."""
@@ -100,8 +127,7 @@ class AdaptedModel(nn.Module):
 
     def checkpoint_blocks(self) -> None:
         """Compute the blocks again in the backward pass instead of keeping what is inside them."""
-        for block in self.mmdit.joint_blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        recompute(self.mmdit.joint_blocks)
 
     def adapter(self, recommended: Recommended) -> Adapter:
         """What was learned, as an adapter."""
@@ -122,12 +148,50 @@ class AdaptedModel(nn.Module):
         return Adapter(config, state | lora.tensors(self.places))
 
 
+def _dtype(name: str, tensor: torch.Tensor, frozen: torch.dtype) -> torch.dtype:
+    """How a tensor of the base model is held."""
+    if frozen == torch.float32 or name in WIDENED or tensor.ndim < 2:
+        return torch.float32
+    return tensor.dtype if name == "pos_embed" else frozen
+
+
+def check_continues(start: Adapter, fresh: Adapter) -> None:
+    """Raise DAVAEError unless ``start`` has the tensors of ``fresh``, for the same latent in the same units."""
+    told, wanted = ({n: t.shape for n, t in a.state.items() if not n.endswith(".alpha")} for a in (start, fresh))
+    optional = {name for name in wanted if ".delta." in name} - told.keys()
+    odd = sorted(n for n in told.keys() | wanted.keys() if told.get(n) != wanted.get(n) and n not in optional)
+    if odd:
+        is_, expected = (list(shapes[odd[0]]) if odd[0] in shapes else "not there" for shapes in (told, wanted))
+        raise DAVAEError(
+            f"the adapter to start from (--start) is not of this recipe's shape: {odd[0]} is {is_}, expected {expected}"
+            "; use its model, --rank and --targets"
+        )
+    here, there = (torch.tensor(units(a.config.latent)) for a in (start, fresh))
+    if not torch.allclose(here, there, rtol=1e-4, atol=1e-5):
+        raise DAVAEError(
+            "the adapter to start from (--start) was trained on another DA-VAE: the statistics of its latent differ "
+            "from those of --autoencoder; give the DA-VAE it was trained on"
+        )
+
+
+def units(latent: LatentSpec) -> tuple[float, ...]:
+    """The numbers that take a latent from the model's units: the shift of each channel, then the factor of each."""
+    shift, step = (latent.denormalise(torch.full((1, latent.channels, 1, 1), value)) for value in (0.0, 1.0))
+    return *shift.flatten().tolist(), *(step - shift).flatten().tolist()
+
+
 class AdapterPhase(Phase):
     """Flow matching on base and detail channels, the weight of the detail rising (eq. 12-13)."""
 
-    def __init__(self, model: AdaptedModel, recipe: AdapterRecipe, text: TextEncoder, latents: Encode) -> None:
+    def __init__(
+        self, model: AdaptedModel, recipe: AdapterRecipe, text: TextEncoder | Embeddings, latents: Encode
+    ) -> None:
         super().__init__()
         self.model, self.recipe, self.text, self.latents = model, recipe, text, latents
+
+    def shards(self) -> list[nn.Module]:
+        """See :class:`Phase`: each block, and the model around them."""
+        return [*self.model.mmdit.joint_blocks, self.model.mmdit]
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
@@ -135,7 +199,7 @@ class AdapterPhase(Phase):
         z = self.latents(batch["image"])
         draws = Draws(recipe.run.seed, step, batch["position"])
         captions = thinned(batch["caption"], draws, recipe.flow.prompt_dropout, recipe.flow.word_dropout)
-        context, pooled = generate.encode_captions(self.text, captions)
+        context, pooled = encode(self.text, captions, z.device)
         point = noised(z, draws, recipe.flow)
         prediction = self.model(point.x, point.t, context, pooled)
         weight = flow.detail_weight(step, recipe.detail_warmup)
@@ -144,16 +208,36 @@ class AdapterPhase(Phase):
         return {"loss": loss, "base": base, "detail": detail, "detail_weight": loss.new_tensor(weight)}
 
 
+def check_settings(recipe: AdapterRecipe) -> None:
+    """Raise DAVAEError where two settings contradict each other."""
+    if recipe.frozen == "bf16" and recipe.run.precision != "bf16":
+        raise DAVAEError(
+            "weights held in bf16 need a forward pass in bf16: give --run.precision bf16 too, or --frozen fp32"
+        )
+    if recipe.embeddings is not None and recipe.flow.word_dropout:
+        raise DAVAEError(
+            f"captions without some of their words have no embedding: {recipe.flow.word_dropout=} needs to be 0 with "
+            "--embeddings (--flow.word-dropout 0)"
+        )
+
+
 class AdapterTask:
     """Trains :class:`AdapterPhase` and leaves an adapter."""
 
     def __init__(self, recipe: AdapterRecipe, images: script.Images) -> None:
         self.recipe = recipe
         self.davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32).requires_grad_(False)
-        self.text = checkpoints.load_text_encoder(recipe.text_encoder).float().requires_grad_(False)
-        base, _ = files.read(recipe.model)
-        seed = recipe.run.seed
-        self.model = AdaptedModel(base, self.davae.latent, recipe.rank, recipe.targets, seed)
+        self.text = source(recipe.text_encoder, recipe.embeddings)
+        check_settings(recipe)
+        self.model = AdaptedModel(
+            pretrained.diffusion_model(recipe.model),
+            self.davae.latent,
+            recipe.rank,
+            recipe.targets,
+            recipe.run.seed,
+            checkpoints.load_adapter(recipe.start) if recipe.start else None,
+            torch.bfloat16 if recipe.frozen == "bf16" else torch.float32,
+        )
         if recipe.gradient_checkpointing:
             self.model.checkpoint_blocks()
         if recipe.run.compile:
@@ -186,20 +270,21 @@ class AdapterTask:
         told = self.recipe.recommended
         noise = generate.initial_noise(0, range(len(x)), z.shape[1:]).to(x.device)
         sampling = generate.Sampling(told.shift, told.cfg, told.steps)
-        samples = generate.sample(self.model, self.text, captions, noise, sampling)
+        asked, empty = (encode(self.text, texts, x.device) for texts in (captions, [""] * len(captions)))
+        samples = generate.sample_encoded(self.model, asked, empty, noise, sampling)
         return tile([x, self.decode(z), self.decode(samples)])
 
     def export(self, folder: Path) -> list[Path]:
         """The adapter in fp32."""
         told = self.recipe.recommended
         adapter = self.model.adapter(replace(told, size=told.size or self.recipe.data.size))
-        checkpoints.save_adapter(folder / tiny.ADAPTER, adapter)
-        return [folder / tiny.ADAPTER]
+        checkpoints.save_adapter(folder / self.recipe.file, adapter)
+        return [folder / self.recipe.file]
 
 
 def main(args: list[str] | None = None) -> int:
     """Train from the command line."""
-    from .tiny.recipes import ADAPTER
+    from .recipes import ADAPTER
 
     recipe = from_command_line(ADAPTER, __doc__, args)
     davae = checkpoints.load_autoencoder(recipe.autoencoder)

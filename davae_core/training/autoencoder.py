@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
+from torch import nn
 
 from .. import checkpoints, tiny
 from ..adapter import Recommended
 from ..alignment import alignment_loss
-from ..autoencoder import Autoencoder
+from ..autoencoder import AttnBlock, Autoencoder, Downsample, ResnetBlock, Upsample
 from ..davae import DAVAE, DAVAEConfig
 from ..errors import DAVAEError
 from ..latent import LatentSpec
@@ -25,6 +26,7 @@ from .critic import CriticConfig, CriticPhase, PatchCritic
 from .data import DataConfig
 from .draws import Draws
 from .losses import Reconstruction, ReconstructionConfig, sampled, start_certain
+from .recompute import recompute
 from .report import tile
 from .task import Batch, Losses, Phase
 
@@ -67,6 +69,11 @@ class AutoencoderRecipe:
     """Give the detail branch a trunk of its own, trained; otherwise it uses the frozen base encoder's (SD3 recipe)."""
     freeze_detail: bool = False
     """Train the decoder alone: the latents, and with them the adapters made for `start`, stay what they are."""
+    file: str = tiny.AUTOENCODER
+    """Name of the file that the run leaves in its folder."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the decoder's blocks for the backward pass and compute the rest again: less memory, more
+    time."""
     detail_dropout: float = 0.1
     """Share of samples whose whole detail latent is set to zero before decoding."""
 
@@ -157,8 +164,11 @@ class AutoencoderTask:
             start_from(self.model, recipe.start)
         if recipe.freeze_detail:
             freeze_detail(self.model, recipe)
+        if recipe.gradient_checkpointing:
+            recompute(trained_blocks(self.model))
         if recipe.run.compile:
-            self.model.decoder.compile()
+            for part in (self.model.base_encoder.mid, self.model.decoder.mid, *self.model.decoder.up):
+                part.compile()
         critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
         self.phase = AutoencoderPhase(self.model, recipe, critic)
         self.phases: dict[str, Phase] = {"autoencoder": self.phase}
@@ -183,7 +193,7 @@ class AutoencoderTask:
         if not self.recipe.freeze_detail:
             mean, std = script.statistics(self.model.encode_detail(x) for x in self.images())
             self.model.set_detail_statistics(mean.tolist(), std.tolist())
-        path = folder / tiny.AUTOENCODER
+        path = folder / self.recipe.file
         checkpoints.save_autoencoder(path, self.model, Recommended(size=self.recipe.data.size))
         return [path]
 
@@ -200,6 +210,13 @@ def measured_units(model: DAVAE, images: script.Images) -> Units:
     mean, std = script.statistics(model.to(x.device).encode_base(x) for x in images())
     shift, scale = (tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, 1 / std))
     return shift, scale
+
+
+def trained_blocks(model: DAVAE) -> list[nn.Module]:
+    """The blocks that gradients go through and that hold most of what a backward pass needs."""
+    parts = (model.decoder, model.detail_trunk or nn.Identity())
+    kinds = (ResnetBlock, AttnBlock, Upsample, Downsample)
+    return [module for part in parts for module in part.modules() if isinstance(module, kinds)]
 
 
 def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bool, units: Units = (0.0, 1.0)) -> DAVAE:
@@ -272,10 +289,9 @@ def freeze_detail(model: DAVAE, recipe: AutoencoderRecipe) -> None:
 
 def main(args: list[str] | None = None) -> int:
     """Train from the command line."""
-    from .recipes import imagenet
-    from .tiny.recipes import AUTOENCODER
+    from .recipes import AUTOENCODER
 
-    recipe = from_command_line({**AUTOENCODER, **imagenet.AUTOENCODER}, __doc__, args)
+    recipe = from_command_line(AUTOENCODER, __doc__, args)
     factor = base_autoencoder.load(recipe.base).config.factor * recipe.scale
     return script.launch(recipe, factor, lambda images: AutoencoderTask(recipe, images))
 

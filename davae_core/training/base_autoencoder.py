@@ -135,7 +135,7 @@ def base_of_file(path: Path, config: AutoencoderConfig, family: str = "") -> bas
 
 def main(args: list[str] | None = None) -> int:
     """Train from the command line."""
-    from .tiny.recipes import BASE_AUTOENCODER
+    from .recipes import BASE_AUTOENCODER
 
     recipe = from_command_line(BASE_AUTOENCODER, __doc__, args)
     return script.launch(recipe, recipe.model.factor, lambda images: BaseAutoencoderTask(recipe, images))

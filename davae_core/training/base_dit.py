@@ -176,7 +176,7 @@ def fresh(config: MMDiTConfig) -> MMDiT:
 
 def main(args: list[str] | None = None) -> int:
     """Train from the command line."""
-    from .tiny.recipes import BASE_DIT
+    from .recipes import BASE_DIT
 
     recipe = from_command_line(BASE_DIT, __doc__, args)
     multiple = 8 * recipe.model.patch

@@ -73,6 +73,7 @@ class RunConfig:
 # Fields that may differ between a run and its continuation: they do not change what a step computes.
 FREE = {"run.out", "run.steps", "run.resume", "run.save_minutes", "run.log_every", "run.sample_every", "run.bad_steps"}
 FREE |= {"run.micro_batch", "run.compile", "data.images", "data.workers", "data.cache", "data.max_broken"}
+FREE |= {"gradient_checkpointing", "frozen", "file"}
 
 
 def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import CheckpointError, DAVAEError
 from . import optimiser as opt
+from . import sharding
 from . import state as states
 from .config import OptimiserConfig, RunConfig, differences
 from .ema import EMA
@@ -24,14 +25,17 @@ FINISHED, INTERRUPTED = 0, 130
 
 
 class Player:
-    """A phase with its optimiser and its average."""
+    """A phase with its optimiser and its average: both of the trained parameters alone."""
 
     def __init__(self, phase: Phase, config: OptimiserConfig, accelerator: Accelerator) -> None:
-        self.phase = phase
+        self.phase, self.sharded = phase, sharding.asked(accelerator)
+        if self.sharded:
+            sharding.shard(phase, accelerator)
         self.parameters = {name: p for name, p in phase.named_parameters() if p.requires_grad}
         self.optimiser = opt.adamw(self.parameters, config)
         self.ema = EMA(self.parameters, config.ema)
-        self.wrapped = accelerator.prepare_model(phase) if accelerator.num_processes > 1 else phase
+        copied = accelerator.num_processes > 1 and not self.sharded
+        self.wrapped = accelerator.prepare_model(phase) if copied else phase
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that changes while training."""
@@ -48,7 +52,7 @@ class Player:
             if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
                 raise CheckpointError("the saved state is of another model; choose another folder for this run")
             for name, tensor in own.items():
-                tensor.copy_(saved[name])
+                tensor.copy_(sharding.part_of(saved[name], tensor))
         opt.load_state(self.optimiser, self.parameters, states.part(tensors, "moment/"))
 
 
@@ -81,18 +85,21 @@ def train(
     step, skipped = _restore(run, recipe, players)
     report = Report(run.out, step, run.steps, accelerator.is_main_process)
 
+    main, sharded = accelerator.is_main_process, sharding.asked(accelerator)
+
     def save() -> None:
-        if accelerator.is_main_process:
-            tensors = {f"{name}/{key}": t for name, player in players.items() for key, t in player.tensors().items()}
+        tensors = _gather(players, keep=main) if main or sharded else {}
+        if main:
             states.save(run.out, states.State(recipe, step, skipped, tensors))
 
     def show(batch: Batch) -> None:
-        if accelerator.is_main_process:
+        if main or sharded:
             with _averages(players), torch.no_grad(), autocast(run, accelerator.device):
                 report.sheet(step, task.sheet(batch))
 
     saved_at, bad = time.monotonic(), 0
-    with _stop_signals() as stopped, _saved_on_error(save, report):
+    # With FSDP no process can save alone, and an error may be of one process only.
+    with _stop_signals() as stopped, _saved_on_error(report, None if sharded else save):
         for micros in _whole_steps(batches(step), accelerator.device) if step < run.steps else ():
             rate = opt.learning_rate(optimiser, step, run.steps)
             logs: dict[str, float] = {"lr": rate}
@@ -116,6 +123,7 @@ def train(
                 save()
                 saved_at = time.monotonic()
             if bad >= run.bad_steps:
+                save()
                 raise DAVAEError(
                     f"the loss or the gradient was not finite in {bad} steps in a row, up to step {step}: {logs}. None "
                     "of these steps changed the weights, and the state is saved. Lower optimiser.lr, or use "
@@ -127,10 +135,9 @@ def train(
                 return INTERRUPTED
             if last:
                 break
-    if accelerator.is_main_process:
-        with _averages(players), torch.no_grad():
-            for path in task.export(run.out):
-                report.say(f"wrote {path}")
+    with _averages(players), sharding.gathered(task.phases.values()), torch.no_grad():
+        for path in task.export(run.out) if main else ():
+            report.say(f"wrote {path}")
     report.close()
     accelerator.wait_for_everyone()
     return FINISHED
@@ -163,7 +170,7 @@ def _descend(
     player.optimiser.zero_grad(set_to_none=True)
     sums: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micros):
-        with nullcontext() if i == len(micros) - 1 else accelerator.no_sync(player.wrapped):
+        with _syncing(player, i == len(micros) - 1, accelerator):
             with autocast(run, accelerator.device):
                 losses = player.wrapped(batch, step)
             (losses["loss"] / len(micros)).backward()
@@ -171,7 +178,7 @@ def _descend(
             part = value.detach().float() / len(micros)
             sums[name] = sums[name] + part if name in sums else part
     reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
-    norm = nn.utils.clip_grad_norm_(player.parameters.values(), clip)
+    norm = sharding.whole(nn.utils.clip_grad_norm_(player.parameters.values(), clip))
     values = dict(zip([*sums, "gradient"], [*reduced.tolist(), float(norm)], strict=True))
     if bool(torch.isfinite(norm)) and bool(torch.isfinite(torch.tensor(values["loss"]))):
         for group in player.optimiser.param_groups:
@@ -179,6 +186,25 @@ def _descend(
         player.optimiser.step()
         player.ema.update(step + 1 - player.phase.starts_at())
     return values
+
+
+def _syncing(player: Player, last: bool, accelerator: Accelerator) -> AbstractContextManager:
+    """Gradients are added over the processes once a step, at its last micro-batch."""
+    if player.sharded:
+        sharding.sum_gradients(player.phase, last)
+        return nullcontext()
+    return nullcontext() if last else accelerator.no_sync(player.wrapped)
+
+
+def _gather(players: dict[str, Player], keep: bool) -> dict[str, torch.Tensor]:
+    """All that changes while training, whole; with FSDP every process calls this, and those that keep get it."""
+    out = {}
+    for name, player in players.items():
+        for key, tensor in player.tensors().items():
+            full = sharding.whole(tensor)
+            if keep:
+                out[f"{name}/{key}"] = full.cpu() if player.sharded else full
+    return out
 
 
 def _whole_steps(micros: Iterable[Batch], device: torch.device) -> Iterator[list[Batch]]:
@@ -214,12 +240,13 @@ def _restore(run: RunConfig, recipe: dict[str, Any], players: dict[str, Player])
 
 
 @contextmanager
-def _saved_on_error(save: Callable[[], None], report: Report) -> Iterator[None]:
+def _saved_on_error(report: Report, save: Callable[[], None] | None) -> Iterator[None]:
     """What stops the training inside does not lose the steps before it."""
     try:
         yield
     except DAVAEError:
-        save()
+        if save is not None:
+            save()
         report.close()
         raise
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import CheckpointError
+from . import sharding
 from .config import OptimiserConfig
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -54,5 +55,8 @@ def load_state(
         for moment, value in found.items():
             if value is None or (moment != "step" and value.shape != parameter.shape):
                 raise CheckpointError(f"the saved optimiser does not fit the parameter {name}; start a new run")
-            on_device = moment != "step" or optimiser.defaults["fused"]  # a fused optimiser counts on the device
-            optimiser.state[parameter][moment] = value.to(parameter.device if on_device else "cpu", copy=True)
+            if moment != "step":
+                own = sharding.part_of(value, parameter).clone()
+            else:  # a fused optimiser counts on the device
+                own = value.to(parameter.device if optimiser.defaults["fused"] else "cpu", copy=True)
+            optimiser.state[parameter][moment] = own

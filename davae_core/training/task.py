@@ -22,6 +22,11 @@ class Phase(nn.Module):
         """
         raise NotImplementedError
 
+    def shards(self) -> list[nn.Module]:
+        """The modules that FSDP gathers one at a time, the one that holds the others last; none where a phase is not
+        worth cutting. Only the forward passes of these modules may read their parameters."""
+        return []
+
     def starts_at(self) -> int:
         """The first step at which this phase takes part."""
         return 0

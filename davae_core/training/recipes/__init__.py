@@ -1,1 +1,9 @@
-"""Recipes for full-size models: the paper's figures, each deviation commented."""
+"""All recipes by the name they have on a command line: name to (one line about it, recipe)."""
+
+from ..tiny import recipes as tiny
+from . import imagenet, sd3_vae, sd35m
+
+BASE_AUTOENCODER = tiny.BASE_AUTOENCODER
+BASE_DIT = tiny.BASE_DIT
+AUTOENCODER = tiny.AUTOENCODER | sd3_vae.AUTOENCODER | imagenet.AUTOENCODER
+ADAPTER = tiny.ADAPTER | sd35m.ADAPTER

@@ -49,6 +49,7 @@ IMAGENET_F32C128 = AutoencoderRecipe(
     # The whole detail latent of a sample. The authors enlarge what is kept by 1 / 0.9 in training; here it stays as it
     # is, so that the decoder sees in training what it sees later.
     detail_dropout=0.1,
+    file="imagenet_f32c128_davae.safetensors",
 )
 
 AUTOENCODER = {"imagenet_f32c128": ("ImageNet 512 px: 32 + 96 channels at 1/32 on VA-VAE", IMAGENET_F32C128)}

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from davae_core import bases, checkpoints, tiny
+from davae_core import bases, checkpoints
 from davae_core.autoencoder import Autoencoder
 from davae_core.checkpoints import files
 from davae_core.davae import DAVAE
 from davae_core.errors import CheckpointError, DAVAEError
-from davae_core.training import autoencoder, data, script
+from davae_core.training import autoencoder, data, recipes, script
 from davae_core.training.base_autoencoder import base_of_file, load, scaled
 from davae_core.training.config import from_command_line
 from davae_core.training.losses import start_certain
@@ -53,7 +53,7 @@ def train(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
         command = f"{recipe} --data.images {images} --data.size {size} --data.workers 0 --run.out {out} --base {base} "
         command += f"--run.steps {steps} --run.batch 2 --run.sample-every 0 --optimiser.warmup 0 --losses.perceptual 0"
         assert autoencoder.main([*command.split(), *options]) == 0
-        return out / tiny.AUTOENCODER
+        return out / recipes.AUTOENCODER[recipe][1].file
 
     return run
 

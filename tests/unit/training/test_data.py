@@ -379,3 +379,36 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for wrong in ({"size": 0}, {"workers": -1}, {"max_broken": -1}):
         with pytest.raises(DAVAEError, match="at least 1"):
             DataConfig(images=("x",), **wrong)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 images in 24 shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number in range(24):
+        with tarfile.open(folder / f"train-{number:03d}.tar", "w") as tar:
+            for i in range(4):
+                picture = folder / f"{number:03d}_{i}.png"
+                Image.new("RGB", (8, 8), (number, i, 0)).save(picture)
+                tar.add(picture, picture.name)
+                picture.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_and_workers_together_see_every_image_of_all_shards_once_an_epoch(many_shards: Path, world: int) -> None:
+    config = DataConfig((str(many_shards / "train-{000..023}.tar"),), size=8, workers=2)
+    per_epoch = 96 // 12
+
+    def names(start: int, steps: int) -> list[str]:
+        parts = [
+            loader(config, 12, 0, 8, start=start, steps=steps, rank=rank, world=world, micro_batch=2)
+            for rank in range(world)
+        ]
+        return [name for part in parts for batch in part for name in batch["name"]]
+
+    everything = {f"{many_shards}/train-{n:03d}.tar/{n:03d}_{i}.png" for n in range(24) for i in range(4)}
+    begun = names(per_epoch, per_epoch + 3)
+    rest = names(per_epoch + 3, 2 * per_epoch)  # of a run that was stopped in the middle of the second epoch
+    assert Counter(begun) + Counter(rest) == dict.fromkeys(everything, 1)
+    assert len(begun) == 3 * 12

@@ -1,0 +1,48 @@
+"""Stage 1 on the VAE of SD3 and SD3.5: f8c16 to f16c32, with the published figures.
+
+Source: arXiv 2603.22125 and the authors' release (github.com/caixin98/DA-VAE, 0a19240). What deviates says so beside
+it, and so does what they have not published.
+"""
+
+from pathlib import Path
+
+import tyro
+
+from ..autoencoder import AlignmentConfig, AutoencoderRecipe
+from ..config import OptimiserConfig, RunConfig
+from ..critic import CriticConfig
+from ..data import DataConfig
+from ..losses import ReconstructionConfig
+
+SD3_VAE_F16 = AutoencoderRecipe(
+    # They: 100,000 images of SAM. Any large photographs do; no captions are needed.
+    data=DataConfig(images=tyro.MISSING, size=1024, random_crop=True, workers=8),
+    run=RunConfig(
+        Path("output/sd3_vae_f16"),
+        # Not published. 32 passes over 100,000 images; look at the curves before stopping earlier.
+        steps=25_000,
+        batch=128,
+        # One image at a time fits 24 GB with the settings below; the result is the same, raise it on larger GPUs.
+        micro_batch=1,
+        precision="bf16",
+    ),
+    base=tyro.MISSING,
+    # Betas and the average of the weights are not published: AdamW's own betas, and the average of stage 2.
+    optimiser=OptimiserConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, clip=1.0, warmup=500, ema=0.999),
+    # They: LPIPS (or ConvNeXt features). Here ST-LPIPS of the same network, which needs no download at training time;
+    # --losses.network lpips-vgg is theirs.
+    losses=ReconstructionConfig(l1=2.0, l2=0.0, perceptual=1.0, network="st-lpips-vgg", kl=1e-7),
+    alignment=AlignmentConfig(weight=0.2, adaptive=False),
+    critic=CriticConfig(weight=0.0),
+    detail_channels=16,
+    scale=2,
+    train_trunk=False,
+    # They do it for ImageNet (0.1) and not for SD3. Without it a latent whose detail is zero decodes to nothing known,
+    # and Detail Decode's strength and an ordinary SD3.5 latent as base need just that.
+    detail_dropout=0.1,
+    file="sd35_davae.safetensors",
+    # A matter of memory alone: the numbers are the same.
+    gradient_checkpointing=True,
+)
+
+AUTOENCODER = {"sd3_vae_f16": ("SD3 / SD3.5 VAE to f16c32, 1024 px crops, batch 128", SD3_VAE_F16)}

@@ -1,0 +1,59 @@
+"""Base models out of the files people have."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from davae_core import tiny
+from davae_core.autoencoder import Autoencoder, AutoencoderConfig
+from davae_core.checkpoints import files
+from davae_core.checkpoints.diffusers_names import transformer_rules
+from davae_core.checkpoints.names import from_native
+from davae_core.checkpoints.tensors import in_memory
+from davae_core.errors import CheckpointError
+from davae_core.mmdit import MMDiT
+from davae_core.training import base_autoencoder, pretrained
+
+VAE = AutoencoderConfig(widths=(32, 32), blocks=1)
+
+
+@pytest.fixture
+def checkpoint(make_mmdit: Callable[..., MMDiT], tmp_path: Path) -> Path:
+    """A whole checkpoint: diffusion model, VAE, a text encoder."""
+    state = {f"model.diffusion_model.{name}": t for name, t in make_mmdit().state_dict().items()}
+    state |= {f"first_stage_model.{name}": t for name, t in Autoencoder(VAE).state_dict().items()}
+    state["text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.weight"] = torch.zeros(4, 4)
+    files.save(tmp_path / "sd3.5.safetensors", state, {})
+    return tmp_path / "sd3.5.safetensors"
+
+
+def test_the_diffusion_model_of_a_checkpoint_is_the_one_of_its_own_file(checkpoint: Path, tmp_path: Path) -> None:
+    inside = pretrained.diffusion_model(checkpoint)
+    files.save(tmp_path / "alone.safetensors", inside, {})
+    alone = pretrained.diffusion_model(tmp_path / "alone.safetensors")
+    assert "x_embedder.proj.weight" in inside
+    assert inside.keys() == alone.keys() and all(torch.equal(inside[name], alone[name]) for name in inside)
+
+
+def test_the_diffusion_model_of_a_diffusers_folder_is_in_the_layouts_own_names(mmdit: MMDiT, tmp_path: Path) -> None:
+    native = mmdit.state_dict()
+    theirs = from_native(in_memory(native), transformer_rules(mmdit.config))
+    (tmp_path / "transformer").mkdir()
+    files.save(tmp_path / "transformer/diffusion_pytorch_model.safetensors", dict(theirs), {})
+    assert theirs.keys() != native.keys()
+    for folder in (tmp_path, tmp_path / "transformer"):
+        found = pretrained.diffusion_model(folder)
+        assert found.keys() == native.keys() and all(torch.equal(found[name], native[name]) for name in native)
+
+
+def test_the_vae_of_a_checkpoint_loads(checkpoint: Path) -> None:
+    assert base_autoencoder.load(checkpoint).config == VAE
+
+
+def test_what_is_no_base_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a DA-VAE adapter; give an unadapted SD3"):
+        pretrained.diffusion_model(tiny.FOLDERS["loras"] / tiny.ADAPTER)
+    with pytest.raises(CheckpointError, match="holds no VAE that a DA-VAE can be made on"):
+        base_autoencoder.load(tiny.FOLDERS["loras"] / tiny.ADAPTER)
