@@ -64,7 +64,7 @@ def merged(comfy: HeadlessComfy) -> workflow.Prompt:
     """``tiny_davae`` with a merged model: the tiny base and adapter in one file, read by DA-VAE Model Loader."""
     base, _ = files.read(tiny.FOLDERS["diffusion_models"] / tiny.MODEL)
     adapter = checkpoints.load_adapter(tiny.FOLDERS["loras"] / tiny.ADAPTER)
-    model = checkpoints.MergedModel(merge(base, adapter), adapter.latent, adapter.config.recommended)
+    model = checkpoints.MergedModel(merge(base, adapter), adapter.config.latent, adapter.config.recommended)
     checkpoints.save_merged(comfy.base / "models" / "diffusion_models" / MERGED, model)
     prompt = load(comfy, "tiny_davae")
     node = prompt[workflow.find(prompt, "DAVAE_Adapter")]

@@ -52,6 +52,7 @@ def test_every_node_has_a_help_page_that_names_its_inputs(comfy):
         assert schema.display_name in text.splitlines()[0], name
         for entry in schema.inputs or []:
             assert f"`{entry.id}`" in text, f"{name}.md does not mention {entry.id}"
+        assert f"]({name}.jpg)" in text and (docs / f"{name}.jpg").is_file(), f"{name}.md shows no picture"
 
 
 def test_a_stock_vae_object_still_has_the_attributes_that_are_replaced(comfy, run, toys):

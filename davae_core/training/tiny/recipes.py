@@ -90,11 +90,11 @@ def sharpened_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
     finished = finished_autoencoder_recipe(size)
     return replace(
         finished,
-        run=RunConfig(folder(size, "autoencoder_sharpen"), steps=350, batch=4, seed=2),
+        run=RunConfig(folder(size, "autoencoder_sharpen"), steps=450, batch=4, seed=2),
         start=folder(size, "autoencoder_finish") / tiny.AUTOENCODER,
         freeze_detail=True,
         optimiser=replace(finished.optimiser, lr=2e-4, ema=0.99),
-        losses=replace(finished.losses, l1=1.0, l2=0.0, perceptual=5.0),
+        losses=replace(finished.losses, l1=1.0, l2=0.0, perceptual=2.0),
         alignment=autoencoder.AlignmentConfig(weight=0.0),
     )
 
