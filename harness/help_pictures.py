@@ -31,6 +31,7 @@ QUALITY = 85
 COLUMNS = 3
 MERGED = "davae_tiny_merged.safetensors"
 SIZES = ((128, 128), (192, 128), (128, 192))
+SUBJECT = "twitter pizza"  # with small things in it, for what detail is about
 PROMPTS = ("3d peach", "noto fox", "twitter rocket", "twitter pizza", "flat castle", "noto guitar")
 
 # By node: workflows, and the titles of their nodes whose pictures are shown.
@@ -66,7 +67,7 @@ def merged(comfy: HeadlessComfy) -> workflow.Prompt:
     adapter = checkpoints.load_adapter(tiny.FOLDERS["loras"] / tiny.ADAPTER)
     model = checkpoints.MergedModel(merge(base, adapter), adapter.config.latent, adapter.config.recommended)
     checkpoints.save_merged(comfy.base / "models" / "diffusion_models" / MERGED, model)
-    prompt = load(comfy, "tiny_davae")
+    prompt = load(comfy, "tiny_davae", Prompt={"text": SUBJECT})
     node = prompt[workflow.find(prompt, "DAVAE_Adapter")]
     node |= {"class_type": "DAVAE_ModelLoader", "inputs": {"model_name": MERGED, "dtype": "auto"}}
     return prompt
@@ -81,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="davae-help-") as folder:
         comfy = HeadlessComfy(make_base(Path(folder), REPOSITORY), find_comfyui())
         drawn = {
-            name: run(comfy, load(comfy, name)) for name in {name for parts in SHOWN.values() for name, _ in parts}
+            name: run(comfy, load(comfy, name, Prompt={"text": SUBJECT}))
+            for name in {name for parts in SHOWN.values() for name, _ in parts}
         }
         rows = {
             node: [(title, drawn[name][title]) for name, titles in parts for title in titles]
