@@ -59,7 +59,6 @@ def quick() -> list[Case]:
         "DA-VAE decode / SD3 VAE decode",
         (Side("DA-VAE decode", 128), Side("SD3 VAE decode", 128)),
         rounds=5,
-        memory=True,
     )
     load = Case(
         "adapter application",
