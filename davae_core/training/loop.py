@@ -123,7 +123,8 @@ def train(
                 save()
                 saved_at = time.monotonic()
             if bad >= run.bad_steps:
-                save()
+                if sharded:  # all processes are here; otherwise the error itself saves
+                    save()
                 raise DAVAEError(
                     f"the loss or the gradient was not finite in {bad} steps in a row, up to step {step}: {logs}. None "
                     "of these steps changed the weights, and the state is saved. Lower optimiser.lr, or use "

@@ -10,7 +10,7 @@ import torch
 from davae_core import checkpoints, tiny
 from davae_core.text_encoder import TextEncoder
 from harness.headless import HeadlessComfy
-from harness.untrained import TINY_FILES, provide_tiny, tiny_ships
+from harness.untrained import TINY_FILES, provide_tiny
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,6 @@ def test_the_files_that_ship_are_complete_or_absent() -> None:
     assert all(there.values()) or not any(there.values()), there
 
 
-@pytest.mark.skipif(not tiny_ships(), reason="the trained tiny models are not in this copy of the pack")
 def test_the_shipped_files_are_offered_by_the_loaders_and_small(comfy: HeadlessComfy) -> None:
     import folder_paths
 

@@ -14,7 +14,7 @@ from harness import workflow
 from harness.demo import FOLDER, WORKFLOWS
 from harness.headless import HeadlessComfy
 from harness.result import Result
-from harness.untrained import provide_tiny, tiny_ships
+from harness.untrained import provide_tiny
 
 SAVED = {
     "tiny_davae": ["With DA-VAE"],
@@ -110,7 +110,6 @@ def test_the_round_trip_starts_from_the_picture_that_davae_draws(comfy, prompts,
     assert tuple(2 * side for side in sizes["Its base, half the size"]) == sizes["Before"]
 
 
-@pytest.mark.skipif(not tiny_ships(), reason="the trained tiny models are not in this copy of the pack")
 def test_the_round_trip_gives_the_picture_back(comfy, prompts, results) -> None:
     found = files(comfy, prompts["tiny_roundtrip"], results["tiny_roundtrip"])
     before, after = (
@@ -120,7 +119,6 @@ def test_the_round_trip_gives_the_picture_back(comfy, prompts, results) -> None:
     assert 10 * np.log10(255**2 / ((before - after) ** 2).mean()) > 20
 
 
-@pytest.mark.skipif(not tiny_ships(), reason="the trained tiny models are not in this copy of the pack")
 @pytest.mark.parametrize("name", ["tiny_native", "tiny_davae"])
 def test_the_last_preview_has_the_colours_of_the_picture(comfy, prompts, results, name: str) -> None:
     picture = Image.open(files(comfy, prompts[name], results[name])[SAVED[name][0]]).convert("RGB")
