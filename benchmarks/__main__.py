@@ -16,10 +16,11 @@ import torch
 from davae_core.errors import DAVAEError
 from davae_core.evaluation import report as figures
 
-from . import bounds, cases, fresh, loading, machine, memory, sides, timing
+from . import bounds, cases, fresh, machine, memory, sides, timing
 from .record import CaseResult, SideResult
 from .setup import DTYPES, SCALES, Setup
 
+WARM_SHARE = 0.25  # of the limit; calls that take longer are not warmed up, which would show in none of their digits
 RUN_FACTOR = 0.5  # of the rate of a large matrix product, which is what most calls reach; to guess how long one takes
 
 
@@ -50,7 +51,9 @@ class Runner:
             self.left_out[case.name] = f"would take about {guess:.0f} s, more than --limit {self.limit:.0f}"
             return None
         try:
-            return self._alone(case, setup) if case.alone else self._in_turn(case, setup, costs)
+            if case.alone:
+                return self._alone(case, setup)
+            return self._in_turn(case, setup, costs, warm_up=guess < self.limit * WARM_SHARE and not case.slow)
         except (torch.cuda.OutOfMemoryError, MemoryError) as problem:
             self.left_out[case.name] = str(problem).splitlines()[0]
             return None
@@ -61,10 +64,9 @@ class Runner:
         blocks = {0: self.setup.blocks, -1: 0}.get(case.blocks, case.blocks)
         return replace(self.setup, scale=case.scale or self.setup.scale, blocks=blocks)
 
-    def _in_turn(self, case: cases.Case, setup: Setup, costs: Sequence[Any]) -> CaseResult:
+    def _in_turn(self, case: cases.Case, setup: Setup, costs: Sequence[Any], warm_up: bool) -> CaseResult:
         calls = [sides.build(side, setup).call for side in case.sides]
-        warm_up = 0 if case.slow else 1
-        taken = timing.in_turn(calls, case.rounds, self.limit, warm_up, timing.synchroniser(setup.device))
+        taken = timing.in_turn(calls, case.rounds, self.limit, int(warm_up), timing.synchroniser(setup.device))
         peaks: list[int | None] = [None] * len(calls)
         if case.memory:
             peaks = [self._peak(side, setup, call) for side, call in zip(case.sides, calls)]
@@ -79,7 +81,7 @@ class Runner:
 
     def _alone(self, case: cases.Case, setup: Setup) -> CaseResult:
         with tempfile.TemporaryDirectory(prefix="davae-bench-") as folder:
-            loading.write_files(Path(folder), setup)
+            case.write_files(Path(folder), setup)
             sides.forget()
             found = [[fresh.measure(side, setup, Path(folder)) for side in case.sides] for _ in range(case.rounds)]
         results = [

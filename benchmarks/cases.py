@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from . import others
+from . import loading, others, whole
+from .setup import Setup
 from .sides import COMFY, CORE, Side
 
-SIZES = (512, 1024, 1536, 2048, 4096)
-SCALING = (256, 512, 1024, 2048, 4096)
+SIZES = (256, 512, 1024, 1536, 2048, 4096)
 BATCHES = (1, 2, 4, 8)
 ROUTES = (COMFY, CORE)
 
@@ -28,6 +30,7 @@ class Case:
         scale: overrides the setup's.
         blocks: likewise, if not 0; -1 for all blocks.
         slow: part of the long run alone.
+        write_files: makes the files that sides of their own processes load.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Case:
     scale: str = ""
     blocks: int = 0
     slow: bool = False
+    write_files: Callable[[Path, Setup], None] = loading.write_files
 
 
 def quick() -> list[Case]:
@@ -75,7 +79,16 @@ def quick() -> list[Case]:
 
 def everything(gpu: bool) -> list[Case]:
     """All cases; those that a machine has no time for are left out when they come up."""
-    return [*_calls(), *_full_depth(gpu), *_autoencoder(), *_pictures(gpu), *_loading(gpu), *_others(), *_scaling()]
+    return [
+        *_calls(),
+        *_full_depth(gpu),
+        *_autoencoder(),
+        *_pictures(gpu),
+        *_loading(gpu),
+        *_whole(gpu),
+        *_others(),
+        *_batches(),
+    ]
 
 
 def _calls() -> Iterator[Case]:
@@ -85,19 +98,28 @@ def _calls() -> Iterator[Case]:
                 f"equal size {size} {route}",
                 f"native / adapted model call at {size} px",
                 (Side("native", size, route), Side("adapted", size, route)),
+                rounds=5 if size <= 1024 else 3,
+                memory=route == CORE,
             )
         for size in (1024, 2048):
             yield Case(
                 f"equal tokens {size} {route}",
                 f"adapted model call at {size} px / native at {size // 2} px",
                 (Side("adapted", size, route), Side("native", size // 2, route)),
-                rounds=15,
+                rounds=9,
             )
+    yield Case(
+        f"equal tokens 4096 {CORE}",
+        "adapted model call at 4096 px / native at 2048 px",
+        (Side("adapted", 4096), Side("native", 2048)),
+        rounds=1,
+        memory=True,
+    )
     yield Case(
         "route 1024",
         "ComfyUI route / bare davae_core, adapted model call at 1024 px",
         (Side("adapted", 1024, COMFY), Side("adapted", 1024, CORE)),
-        rounds=15,
+        rounds=9,
     )
 
 
@@ -121,16 +143,16 @@ def _autoencoder() -> Iterator[Case]:
                 f"{what} 1024 {route}",
                 f"DA-VAE {what} / SD3 VAE {what} at 1024 px",
                 (Side(f"DA-VAE {what}", 1024, route), Side(f"SD3 VAE {what}", 1024, route)),
+                rounds=5,
                 memory=True,
             )
-        for size in (1024, 2048):
-            yield Case(
-                f"tiled decode {size} {route}",
-                f"DA-VAE decode in strips / in one piece at {size} px",
-                (Side("DA-VAE tiled decode", size, route), Side("DA-VAE decode", size, route)),
-                rounds=3,
-                memory=True,
-            )
+        yield Case(
+            f"tiled decode 2048 {route}",
+            "DA-VAE decode in strips / in one piece at 2048 px",
+            (Side("DA-VAE tiled decode", 2048, route), Side("DA-VAE decode", 2048, route)),
+            rounds=3,
+            memory=True,
+        )
     yield Case(
         "tiled encode 2048",
         "DA-VAE encode in strips / in one piece at 2048 px",
@@ -184,6 +206,25 @@ def _loading(gpu: bool) -> Iterator[Case]:
     )
 
 
+def _whole(gpu: bool) -> Iterator[Case]:
+    """With a checkpoint of about 5 GB, as it is published."""
+    common: dict[str, Any] = {"rounds": 1, "memory": True, "alone": True, "blocks": -1, "slow": not gpu}
+    yield Case(
+        "whole file 1024",
+        "load a whole checkpoint and draw one step at 1024 px: with an adapter / as it is",
+        tuple(Side(f"whole file, {what}", route=COMFY) for what in ("base and adapter", "base", "merged")),
+        write_files=whole.write_files,
+        **common,
+    )
+    yield Case(
+        "whole file commands",
+        "merge a whole checkpoint with an adapter / inspect it",
+        (Side("merge"), Side("inspect")),
+        write_files=whole.write_files,
+        **common,
+    )
+
+
 def _others() -> Iterator[Case]:
     if not others.available():
         return
@@ -203,18 +244,10 @@ def _others() -> Iterator[Case]:
     )
 
 
-def _scaling() -> Iterator[Case]:
-    for size in SCALING:
-        yield Case(
-            f"scaling size {size}",
-            f"native / adapted model call at {size} px",
-            (Side("native", size), Side("adapted", size)),
-            rounds=3,
-            memory=True,
-        )
+def _batches() -> Iterator[Case]:
     for batch in BATCHES:
         yield Case(
-            f"scaling batch {batch}",
+            f"batch {batch}",
             f"native / adapted model call at 512 px, batch {batch}",
             (Side("native", 512, batch=batch), Side("adapted", 512, batch=batch)),
             rounds=3,

@@ -31,7 +31,7 @@ def native_state(setup: Setup) -> dict[str, torch.Tensor]:
         shapes = MMDiT(setup.mmdit()).state_dict()
     generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.empty(tensor.shape, dtype=setup.torch_dtype).normal_(std=0.02, generator=generator)
+        name: torch.empty(tensor.shape).normal_(std=0.02, generator=generator).to(setup.torch_dtype)
         for name, tensor in shapes.items()
     }
 

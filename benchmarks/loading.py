@@ -33,48 +33,50 @@ def write_files(folder: Path, setup: Setup) -> None:
     checkpoints.save_adapter(folder / "loras" / ADAPTER, core.adapter(published))
 
 
-def _comfy(setup: Setup, files: Path) -> HeadlessComfy:
-    comfy = route.booted(setup.device)
+def comfy(setup: Setup, files: Path) -> HeadlessComfy:
+    """A ComfyUI that finds the files: one folder for each kind of model, named as ComfyUI names it."""
+    booted = route.booted(setup.device)
     import folder_paths  # type: ignore[import-not-found,unused-ignore]
 
-    for kind in ("diffusion_models", "loras"):
-        folder_paths.add_model_folder_path(kind, str(files / kind))
-    return comfy
+    for folder in files.iterdir():
+        folder_paths.add_model_folder_path(folder.name, str(folder))
+    return booted
 
 
 def _loader(g: Graph) -> Node:
     return g.node("UNETLoader", unet_name=MODEL, weight_dtype="default")
 
 
-def _capture(comfy: HeadlessComfy, g: Graph, value: Node, inputs: dict[str, object] | None = None) -> Any:
+def capture(runner: HeadlessComfy, g: Graph, value: Node, inputs: dict[str, object] | None = None) -> Any:
+    """Run a graph and give back what a node of it puts out."""
     g.node("HarnessCapture", value=value, key="value")
-    return comfy.run(g.prompt, inputs=inputs).captured["value"]
+    return runner.run(g.prompt, inputs=inputs).captured["value"]
 
 
 def _stock(setup: Setup, files: Path) -> Ready:
     """The stock loader."""
-    comfy = _comfy(setup, files)
+    runner = comfy(setup, files)
     kept: list[Any] = []
 
     def call() -> None:
         g = Graph()
-        kept.append(_capture(comfy, g, _loader(g)))
+        kept.append(capture(runner, g, _loader(g)))
 
     return call, {}
 
 
 def _adapter(setup: Setup, files: Path) -> Ready:
     """The DA-VAE Adapter node on a model that is there already."""
-    comfy = _comfy(setup, files)
+    runner = comfy(setup, files)
     g = Graph()
-    model = _capture(comfy, g, _loader(g))
+    model = capture(runner, g, _loader(g))
     notes: dict[str, Any] = {}
 
     def call() -> None:
         g = Graph()
         given = g.node("HarnessConstant", key="model")
         node = g.node("DAVAE_Adapter", model=given, adapter_name=ADAPTER, strength=1.0)
-        adapted = _capture(comfy, g, node, {"model": model})
+        adapted = capture(runner, g, node, {"model": model})
         notes.update(adapted=adapted, shared=shared_share(model, adapted))
 
     return call, notes
@@ -94,7 +96,7 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _run(setup: Setup, files: Path, again: bool) -> Ready:
     """A whole graph up to one sampled step; or its second run, with another seed."""
-    comfy = _comfy(setup, files)
+    runner = comfy(setup, files)
     positive, negative = route.conditioning(setup)
 
     def run(seed: int) -> None:
@@ -106,7 +108,7 @@ def _run(setup: Setup, files: Path, again: bool) -> Ready:
             "KSampler", model=adapted, **texts, latent_image=latent, seed=seed, steps=1, cfg=2.5,
             sampler_name="euler", scheduler="simple", denoise=1.0,
         )  # fmt: skip
-        _capture(comfy, g, sampled, {"positive": positive, "negative": negative})
+        capture(runner, g, sampled, {"positive": positive, "negative": negative})
 
     if again:
         run(1)

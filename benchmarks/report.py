@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,11 @@ from .svg import Chart, Line, render
 HEAD = ("", "first", "second", "ratio", "arithmetic", "bound", "")
 FIGURES = {"time": "", "memory": ", peak memory", "shared": ", weights shared"}  # and how a row of the table says so
 GIB = 2**30
+# Which cases show growth, what a side of them is called, with its model and the number on the x axis, and the axis.
+GROWTH = (
+    ("equal ", r"(native|adapted), (\d+) px \(davae_core\)", "picture, px a side"),
+    ("batch ", r"(native|adapted), 512 px(?:, batch (\d+))? \(davae_core\)", "pictures at a time (512 px)"),
+)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -95,13 +101,15 @@ def _seconds(side: SideResult) -> str:
 def scaling(results: Sequence[CaseResult]) -> list[Chart]:
     """Time and memory of a model call against the picture's size and against the batch."""
     charts = []
-    for kind, x_label in (("size", "picture, px a side"), ("batch", "pictures at a time (512 px)")):
-        cases = [result for result in results if result.name.startswith(f"scaling {kind} ")]
+    for kind, pattern, x_label in GROWTH:
+        sides = [side for result in results if result.name.startswith(kind) for side in result.sides]
         for title, y_label in (("Time of a model call", "seconds"), ("Peak memory of a model call", "GiB")):
-            lines = []
-            for i, label in enumerate(("native", "adapted")):
-                points = [(float(case.name.split()[-1]), _figure(case.sides[i], y_label)) for case in cases]
-                lines.append(Line(label, tuple((x, y) for x, y in points if y)))
+            points: dict[str, dict[float, float]] = {"native": {}, "adapted": {}}
+            for side in sides:
+                match, y = re.fullmatch(pattern, side.label), _figure(side, y_label)
+                if match and y:
+                    points[match[1]].setdefault(float(match[2] or 1), y)
+            lines = [Line(label, tuple(sorted(some.items()))) for label, some in points.items()]
             charts.append(Chart(title, x_label, y_label, tuple(lines)))
     return charts
 

@@ -13,11 +13,12 @@ import torch
 
 from davae_core.errors import DAVAEError
 
-from . import core, cost, loading, others, pictures, route
+from . import core, cost, loading, others, pictures, route, whole
 from .cost import Cost
 from .setup import Setup
 
 CORE, COMFY = "davae_core", "ComfyUI"
+ALONE = loading.SIDES | whole.SIDES  # what needs files and a process of its own
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Side:
     """One side of a comparison.
 
     Attributes:
-        what: a key of :data:`BUILDERS`.
+        what: a key of :data:`BUILDERS` or :data:`ALONE`.
         size: of the picture, in pixels a side.
         route: :data:`CORE` or :data:`COMFY`; what other packages do has their name.
         batch: pictures at a time.
@@ -62,7 +63,7 @@ def build(side: Side, setup: Setup, files: Path | None = None) -> Built:
     Args:
         side: which.
         setup: where and how large.
-        files: the folder of :func:`loading.write_files`, for sides that load them.
+        files: the folder of the files that the case has written, for sides that load them.
 
     Raises:
         DAVAEError: there is no such side.
@@ -72,9 +73,9 @@ def build(side: Side, setup: Setup, files: Path | None = None) -> Built:
         route.booted(setup.device)
     if side.what in BUILDERS:
         return Built(BUILDERS[side.what](side, setup))
-    if side.what in loading.SIDES and files is not None:
-        return Built(*loading.SIDES[side.what](setup, files))
-    raise DAVAEError(f"no side {side.what!r}; there are {', '.join([*BUILDERS, *loading.SIDES])}")
+    if side.what in ALONE and files is not None:
+        return Built(*ALONE[side.what](setup, files))
+    raise DAVAEError(f"no side {side.what!r}; there are {', '.join([*BUILDERS, *ALONE])}")
 
 
 def forget() -> None:

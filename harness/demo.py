@@ -1,6 +1,6 @@
 """The demo: the pack's workflow files, run in a real ComfyUI with prompts of your own. Run by ``dev.py demo``.
 
-Uses the tiny models that ship with the pack; where there are none, untrained ones.
+Uses the tiny models that ship with the pack.
 """
 
 from __future__ import annotations
@@ -27,17 +27,11 @@ from .headless import HeadlessComfy
 from .locate import REPOSITORY, find_comfyui
 from .scratch import make_base
 from .sheet import contact_sheet
-from .untrained import provide_tiny
 
 FOLDER = REPOSITORY / "workflows"
 WORKFLOWS = ("tiny_native", "tiny_davae", "tiny_roundtrip")
 STYLES = ("3d", "flat", "noto", "twitter")
 WEIGHT = re.compile(r":\s*[\d.]+\s*\)")  # of "(peach:1.5)"
-
-UNTRAINED = """
-THE MODELS OF THIS DEMO ARE UNTRAINED: random weights in the true layouts, made a moment ago, because the trained ones
-are not in this copy of the pack. The pictures are noise. They show that every node runs, not that the method works.
-"""
 
 
 @dataclass(frozen=True)
@@ -148,14 +142,14 @@ class Demo:
             print(f"  {file}", flush=True)
             self.pictures.append(Picture(index, prefix, node["_meta"]["title"], file))
 
-    def sheet(self, prompts: Sequence[str], footer: str) -> Path:
+    def sheet(self, prompts: Sequence[str]) -> Path:
         """All pictures on one sheet, a row for each prompt."""
         rows = [
             (f'"{text}"', [(p.label, Image.open(p.file)) for p in self.pictures if p.prompt == index])
             for index, text in enumerate(prompts)
         ]
         path = self.out / "sheet.png"
-        contact_sheet(rows, footer).save(path)
+        contact_sheet(rows).save(path)
         return path
 
     def print_round_trips(self, prompts: Sequence[str]) -> None:
@@ -187,9 +181,6 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="davae-demo-") as folder:
         base = make_base(Path(folder), REPOSITORY)
-        trained = provide_tiny(base / "models")
-        if not trained:
-            print(UNTRAINED, flush=True)
         start = time.perf_counter()
         demo = Demo(HeadlessComfy(base, find_comfyui()), options.out)
         print(f"ComfyUI {demo.comfy.comfyui.version} started in {time.perf_counter() - start:.1f} s", flush=True)
@@ -199,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             demo.run(name, prompts, options.seed)
         print()
         demo.print_round_trips(prompts)
-        print(f"all on one sheet: {demo.sheet(prompts, '' if trained else 'Untrained models: noise.')}", flush=True)
+        print(f"all on one sheet: {demo.sheet(prompts)}", flush=True)
     return 0
 
 

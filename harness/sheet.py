@@ -19,17 +19,16 @@ def enlarged(picture: Image.Image, side: int) -> Image.Image:
     return picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def contact_sheet(rows: Sequence[Row], footer: str = "") -> Image.Image:
+def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     """The sheet.
 
     Args:
         rows: the heading of each row, and its pictures with their labels.
-        footer: a line at the bottom.
     """
     side = max(CELL, *(max(picture.size) for _, row in rows for _, picture in row))
     columns = max(len(row) for _, row in rows)
     height = LINE + side + 2 * LINE + GAP  # heading, picture, label and size
-    sheet = Image.new("RGB", (GAP + columns * (side + GAP), GAP + len(rows) * height + (LINE if footer else 0)), PAPER)
+    sheet = Image.new("RGB", (GAP + columns * (side + GAP), GAP + len(rows) * height), PAPER)
     draw = ImageDraw.Draw(sheet)
     font, small = ImageFont.load_default(14), ImageFont.load_default(12)
     for i, (heading, row) in enumerate(rows):
@@ -43,6 +42,4 @@ def contact_sheet(rows: Sequence[Row], footer: str = "") -> Image.Image:
             size = f"{picture.width} x {picture.height} px" + (f", shown {times} times as large" if times > 1 else "")
             draw.text((left, middle + side + 2), label, INK, small)
             draw.text((left, middle + side + 2 + LINE), size, FAINT, small)
-    if footer:
-        draw.text((GAP, sheet.height - LINE - 2), footer, INK, small)
     return sheet

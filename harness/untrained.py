@@ -1,8 +1,6 @@
-"""A family of untrained models (random weights in the true layouts), small enough for tests and for the demo.
+"""A family of untrained models (random weights in the true layouts), small enough for tests.
 
-Random weights prove the wiring, nothing more: what such models draw is noise. Tests of the wiring use a `Family` under
-names of its own. What needs the tiny models of the pack (the Tiny SD3.5 node, the workflows, the demo) calls
-`provide_tiny`, which puts an untrained family in their place where the pack holds no trained one.
+Random weights prove the wiring, nothing more: what such models draw is noise.
 """
 
 from __future__ import annotations
@@ -14,19 +12,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from davae_core import checkpoints, tiny
+from davae_core import checkpoints
 from davae_core.adapter import Adapter, Recommended, merge, zero_adapter
 from davae_core.autoencoder import AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig, sincos_grid
 from davae_core.text_encoder import TextEncoder, TextEncoderConfig
-
-# Where ComfyUI looks for each file of the tiny family.
-TINY_FILES = {"diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER}
-TINY_FILES |= {"vae": tiny.AUTOENCODER, "loras": tiny.ADAPTER}
-# What the workflows of the tiny family are made for.
-TINY_RECOMMENDED = Recommended(size=128, shift=2.0, cfg=2.5, steps=30)
 
 
 @dataclass(frozen=True)
@@ -117,41 +109,9 @@ class Family:
         }
         for path, make in files.items():
             _write_once(path, make)
-        provide_tiny(models)
 
     def _write_model(self, path: Path) -> None:
         save_file(self.diffusion_model().state_dict(), path)
-
-
-def tiny_ships() -> bool:
-    """Whether the pack holds all four files of the trained tiny family."""
-    return all((tiny.FOLDERS[kind] / name).is_file() for kind, name in TINY_FILES.items())
-
-
-def provide_tiny(models: Path) -> bool:
-    """Put an untrained family under the names of the tiny one into a ``models`` directory, unless the pack ships it.
-
-    The files hold fp16 weights, as the shipped ones do. ComfyUI finds files in ``models`` before those in the pack.
-
-    Returns:
-        Whether the pack's trained models are the ones that will be found.
-    """
-    if tiny_ships():
-        return True
-    family = Family(recommended=TINY_RECOMMENDED)
-    makers: dict[str, Callable[[Path], None]] = {
-        "diffusion_models": lambda path: save_file(family.diffusion_model().half().state_dict(), path),
-        "text_encoders": lambda path: checkpoints.save_text_encoder(path, family.text_encoder().half()),
-        "vae": lambda path: checkpoints.save_autoencoder(path, family.davae().half()),
-        "loras": lambda path: checkpoints.save_adapter(path, _half(family.adapter())),
-    }
-    for kind, name in TINY_FILES.items():
-        _write_once(models / kind / name, makers[kind])
-    return False
-
-
-def _half(adapter: Adapter) -> Adapter:
-    return Adapter(adapter.config, {name: tensor.half() for name, tensor in adapter.state.items()})
 
 
 def _write_once(path: Path, make: Callable[[Path], None]) -> None:

@@ -103,12 +103,12 @@ def sample(
 @torch.no_grad()
 def sample_encoded(
     model: Callable[..., torch.Tensor],
-    asked: tuple[torch.Tensor, torch.Tensor],
-    empty: tuple[torch.Tensor, torch.Tensor],
+    asked: tuple[torch.Tensor | None, ...],
+    empty: tuple[torch.Tensor | None, ...],
     noise: torch.Tensor,
     sampling: Sampling,
 ) -> torch.Tensor:
-    """:func:`sample` of captions and empty ones that are encoded already, ``(context, pooled)`` each."""
+    """:func:`sample` of captions and empty ones that are encoded already, as the model reads them after x and t."""
 
     def velocity(x: torch.Tensor, t: torch.Tensor, positive: bool) -> torch.Tensor:
         return model(x, t, *(asked if positive else empty))

@@ -26,7 +26,7 @@ from .captions import thinned
 from .config import OptimiserConfig, RunConfig, from_command_line
 from .data import DataConfig
 from .draws import Draws
-from .embeddings import Embeddings, present
+from .embeddings import Embeddings
 from .latents import Encode, LatentCache
 from .latents_cache import load_latents
 from .prompts import encode, source
@@ -121,9 +121,16 @@ class AdaptedModel(nn.Module):
             self.mmdit.get_parameter(name).requires_grad_(True)
         self.places = lora.attach(self.mmdit, adapter)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``; text tokens that are all zeros fill up and are not read."""
-        return self.mmdit(x, t, context, pooled, present(context))
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``."""
+        return self.mmdit(x, t, context, pooled, present)
 
     def checkpoint_blocks(self) -> None:
         """Compute the blocks again in the backward pass instead of keeping what is inside them."""
@@ -199,9 +206,8 @@ class AdapterPhase(Phase):
         z = self.latents(batch["image"])
         draws = Draws(recipe.run.seed, step, batch["position"])
         captions = thinned(batch["caption"], draws, recipe.flow.prompt_dropout, recipe.flow.word_dropout)
-        context, pooled = encode(self.text, captions, z.device)
         point = noised(z, draws, recipe.flow)
-        prediction = self.model(point.x, point.t, context, pooled)
+        prediction = self.model(point.x, point.t, *encode(self.text, captions, z.device))
         weight = flow.detail_weight(step, recipe.detail_warmup)
         channels = self.model.adapter_config.latent.base_channels
         loss, base, detail = flow.flow_loss(prediction, point.target, channels, weight, point.weight)

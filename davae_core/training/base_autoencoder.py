@@ -13,6 +13,7 @@ import torch
 from .. import bases
 from ..autoencoder import Autoencoder, AutoencoderConfig
 from ..checkpoints import files
+from ..checkpoints.opening import open_any
 from ..errors import CheckpointError
 from . import script
 from .config import OptimiserConfig, RunConfig, from_command_line
@@ -24,7 +25,6 @@ from .task import Batch, Losses, Phase
 
 FILE = "base_autoencoder.safetensors"
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-IN_A_CHECKPOINT = "first_stage_model."
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,20 @@ def scaled(state: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Ten
 
 
 def load(path: Path) -> Autoencoder:
-    """The autoencoder in a file in the LDM layout: of a VAE, or of a whole checkpoint; in fp32.
+    """The VAE in a file or folder of any layout (alone, in a whole checkpoint, of diffusers); in fp32.
+
+    Of a whole checkpoint no more than the VAE is read.
 
     Raises:
         CheckpointError: the file cannot be read or holds no such autoencoder.
     """
-    state, _ = files.read(path)
-    prefix = IN_A_CHECKPOINT if f"{IN_A_CHECKPOINT}encoder.conv_in.weight" in state else ""
-    parts = tuple(f"{prefix}{part}" for part in PARTS)
-    state = {name.removeprefix(prefix): t.float() for name, t in state.items() if name.startswith(parts)}
+    opened = open_any(path)
+    if "vae" not in opened.parts:
+        raise CheckpointError(
+            f"{path.name} holds no VAE that a DA-VAE can be made on: it is {opened.detected.description}"
+        )
+    stored = opened.parts["vae"].native
+    state = {name: stored[name].float() for name in stored if name.startswith(PARTS)}
     try:
         model = Autoencoder(AutoencoderConfig.from_state_dict(state))
         model.load_state_dict(state)
@@ -130,7 +135,7 @@ def load(path: Path) -> Autoencoder:
 
 def base_of_file(path: Path, config: AutoencoderConfig, family: str = "") -> bases.Base:
     """Which base model the VAE in a file belongs to, see :func:`davae_core.bases.base_of`."""
-    return bases.base_of(config, family, files.read_metadata(path)[1])
+    return bases.base_of(config, family, dict(open_any(path).told))
 
 
 def main(args: list[str] | None = None) -> int:

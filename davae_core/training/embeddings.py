@@ -6,6 +6,7 @@ Written by ``python -m davae_core.training.text``; read here, memory-mapped.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -27,13 +28,26 @@ def context_of(clip: torch.Tensor, t5: torch.Tensor, width: int) -> torch.Tensor
     return torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5])
 
 
-def present(context: torch.Tensor) -> torch.Tensor | None:
-    """Which tokens of a batch ``context [B, L, width]`` are there, ``[B, L]``; None where all are.
+def present(lengths: Sequence[int]) -> torch.Tensor | None:
+    """Which tokens of captions that are filled up to the longest are there, ``[B, L]`` bool; None where all are."""
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return None
+    return torch.arange(longest) < torch.tensor(lengths)[:, None]
 
-    Those that are not are the zeros that fill shorter captions up.
+
+class Encoded(NamedTuple):
+    """B captions, as an SD3 model reads them.
+
+    Attributes:
+        context: ``[B, L, width]``.
+        pooled: ``[B, width]``.
+        present: ``[B, L]`` bool, which tokens are there; None: all.
     """
-    there = context.any(dim=-1)
-    return None if there.all() else there
+
+    context: torch.Tensor
+    pooled: torch.Tensor
+    present: torch.Tensor | None = None
 
 
 class Embeddings:
@@ -53,12 +67,12 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """``context [B, L, context]`` and ``pooled [B, pooled]`` of B captions, fp32 on the CPU.
+    def __call__(self, captions: Sequence[str]) -> Encoded:
+        """``context [B, L, context]``, ``pooled [B, pooled]`` and ``present [B, L]`` of B captions, on the CPU.
 
         L is 77 for each chunk of 75 CLIP tokens and the number of T5's tokens, at least 77: 154 for most captions.
         Where the captions of a batch differ in length, the shorter ones are filled up with zeros at the end, which a
-        model has to leave out (:func:`present`).
+        model has to leave out: ``present`` tells which tokens are there. It is None where all are.
 
         Raises:
             DAVAEError: a caption was not encoded.
@@ -66,7 +80,8 @@ class Embeddings:
         records = [self.shards.get(self._key(caption), PARTS) for caption in captions]
         contexts = [context_of(clip.float(), t5.float(), self.context) for clip, t5, _ in records]
         pooled = torch.stack([pooled.float() for _, _, pooled in records])
-        return torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True), pooled
+        there = present([len(context) for context in contexts])
+        return Encoded(torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True), pooled, there)
 
     def _key(self, caption: str) -> str:
         key = key_of(caption)

@@ -9,9 +9,7 @@ from .. import checkpoints
 from ..errors import DAVAEError
 from ..evaluation import generate
 from ..text_encoder import TextEncoder
-from .embeddings import Embeddings, load_embeddings
-
-Encoded = tuple[torch.Tensor, torch.Tensor]
+from .embeddings import Embeddings, Encoded, load_embeddings
 
 
 def source(text_encoder: Path | None, embeddings: Path | None) -> TextEncoder | Embeddings:
@@ -35,12 +33,16 @@ def source(text_encoder: Path | None, embeddings: Path | None) -> TextEncoder | 
 
 
 def encode(text: TextEncoder | Embeddings, captions: Sequence[str], device: torch.device) -> Encoded:
-    """``context [B, L, context]`` and ``pooled [B, pooled]`` of B captions, float32, on the device.
+    """Captions as the model reads them, float32, on the device.
 
     Raises:
         DAVAEError: a caption has no embedding.
     """
     if isinstance(text, TextEncoder):
-        return generate.encode_captions(text, captions)
-    context, pooled = text(captions)
-    return context.to(device, torch.float32), pooled.to(device, torch.float32)
+        return Encoded(*generate.encode_captions(text, captions))
+    context, pooled, present = text(captions)
+    return Encoded(
+        context.to(device, torch.float32),
+        pooled.to(device, torch.float32),
+        None if present is None else present.to(device),
+    )

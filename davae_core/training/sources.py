@@ -7,6 +7,7 @@ image can be had at any time.
 import glob
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -31,8 +32,14 @@ ORIENTATION = 0x0112
 # What Pillow raises for files that are no images, or damaged ones.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, Image.DecompressionBombError)
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 U = TypeVar("U")
+
+
+class DamagedShardError(DAVAEError):
+    """A shard is not whole."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +102,25 @@ def index(images: Iterable[str]) -> list[Source]:
             (``train-{000..012}.tar``).
 
     Captions are read from the ``.txt`` or ``.json`` of the same name; see :func:`captions_of`. Hidden files are left
-    out.
+    out. A shard that is cut short or damaged is left out too, whole, with a warning.
 
     Raises:
-        DAVAEError: an entry does not exist or holds no images; a shard is compressed or damaged; captions cannot be
-            read.
+        DAVAEError: an entry does not exist or holds no images; a shard is compressed; all shards are damaged; captions
+            cannot be read.
     """
     found: list[Source] = []
+    damaged: list[DamagedShardError] = []
     for entry in images:
         paths = [path for pattern in _braces(os.path.expanduser(entry)) for path in _matches(pattern, entry)]
         for path in paths:
-            found += _folder(path) if path.is_dir() else _shard(path)
+            try:
+                found += _folder(path) if path.is_dir() else _shard(path)
+            except DamagedShardError as problem:
+                damaged.append(problem)
+    for one in damaged:
+        logger.warning("%s. The training goes on without its images", one)
+    if damaged and not found:
+        raise damaged[0]
     if not found:
         raise DAVAEError("there are no images to train on: give a folder or WebDataset shards (--data.images)")
     return found
@@ -224,7 +239,8 @@ def _members(path: Path) -> list[tarfile.TarInfo]:
     """The table of contents of a plain tar file.
 
     Raises:
-        DAVAEError: it is compressed, no tar file, damaged or cut short.
+        DamagedShardError: it is damaged or cut short.
+        DAVAEError: it is compressed, or no tar file.
     """
     with open(path, "rb") as file:
         start = file.read(BLOCK)
@@ -241,10 +257,10 @@ def _members(path: Path) -> list[tarfile.TarInfo]:
         except tarfile.ReadError as problem:
             if path.suffix.lower() != ".tar":
                 raise DAVAEError(f"{path} is neither a folder nor a WebDataset shard (.tar)") from None
-            raise DAVAEError(f"the shard {path} is cut short or damaged ({problem}); write it again") from None
+            raise DamagedShardError(f"the shard {path} is cut short or damaged ({problem}); write it again") from None
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):
-            raise DAVAEError(f"the shard {path} is cut short or damaged at byte {end:,}; write it again")
+            raise DamagedShardError(f"the shard {path} is cut short or damaged at byte {end:,}; write it again")
     return members
 
 

@@ -93,11 +93,9 @@ def test_every_limit_belongs_to_a_case_and_names_are_unique(gpu: bool) -> None:
 
 @pytest.mark.parametrize("gpu", [True, False])
 def test_every_side_of_a_case_can_be_built(gpu: bool) -> None:
-    from benchmarks import loading
-
     for case in [*cases.everything(gpu), *cases.quick()]:
         for side in case.sides:
-            assert side.what in sides.BUILDERS or (case.alone and side.what in loading.SIDES), side
+            assert side.what in sides.BUILDERS or (case.alone and side.what in sides.ALONE), side
 
 
 def test_an_unknown_side_is_refused_with_those_there_are() -> None:
@@ -129,11 +127,24 @@ def test_a_file_that_holds_no_results_is_refused_by_name(tmp_path: Path) -> None
         report.read(path)
 
 
-def test_growth_is_read_off_the_scaling_cases() -> None:
-    results = [result(f"scaling size {size}", first=size / 256) for size in (256, 512)]
-    time, memory, *_ = report.scaling(results)
-    assert time.lines[0] == Line("native", ((256.0, 1.0), (512.0, 2.0)))
-    assert [len(line.points) for line in memory.lines] == [2, 2]
+def grown(name: str, *sides: tuple[str, float]) -> CaseResult:
+    made = (SideResult(label, timing.Seconds((seconds,)), None, 2**30) for label, seconds in sides)
+    return CaseResult(name, name, SD35.to_json(), tuple(made))
+
+
+def test_growth_is_read_off_the_sides_of_both_models_in_bare_torch() -> None:
+    native, adapted = Side("native", 512).label, Side("adapted", 512).label
+    results = [
+        grown(f"equal size 512 {CORE}", (native, 4.0), (adapted, 1.0)),
+        grown(f"equal size 512 {COMFY}", (Side("native", 512, COMFY).label, 9.0), (native, 9.0)),
+        grown("batch 1", (native, 5.0), (adapted, 1.5)),
+        grown("batch 4", (Side("native", 512, batch=4).label, 16.0), (Side("adapted", 512, batch=4).label, 4.0)),
+        grown(f"equal tokens 1024 {CORE}", (Side("adapted", 1024).label, 4.0), (native, 4.1)),
+    ]
+    time, memory, by_batch, _ = report.scaling(results)
+    assert time.lines == (Line("native", ((512.0, 4.0),)), Line("adapted", ((512.0, 1.0), (1024.0, 4.0))))
+    assert by_batch.lines == (Line("native", ((1.0, 5.0), (4.0, 16.0))), Line("adapted", ((1.0, 1.5), (4.0, 4.0))))
+    assert memory.lines[1].points == ((512.0, 1.0), (1024.0, 1.0))
 
 
 def test_a_chart_is_well_formed_and_draws_every_point_inside() -> None:

@@ -156,7 +156,7 @@ def test_the_command_writes_what_comfyui_says_and_adds_what_is_missing(
     assert text.main(command) == 0
     embeddings: Embeddings = load_embeddings(out)
     for caption in ("", "a cat (grey)", CAPTIONS["long"]):
-        context, pooled = embeddings([caption])
+        context, pooled, _ = embeddings([caption])
         expected, expected_pooled = conditioning(as_prompt(caption))
         torch.testing.assert_close(context, expected, atol=1e-3, rtol=1e-3)  # stored in fp16
         torch.testing.assert_close(pooled, expected_pooled, atol=1e-3, rtol=1e-3)

@@ -1,8 +1,6 @@
-"""The Tiny SD3.5 node: MODEL and CLIP for stock nodes, from the pack's files or from untrained ones in their place."""
+"""The Tiny SD3.5 node: MODEL and CLIP for stock nodes, from the pack's files."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +8,16 @@ import torch
 from davae_core import checkpoints, tiny
 from davae_core.text_encoder import TextEncoder
 from harness.headless import HeadlessComfy
-from harness.untrained import TINY_FILES, provide_tiny
+
+FILES = {
+    "diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER, "vae": tiny.AUTOENCODER, "loras": tiny.ADAPTER,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def encoder(comfy: HeadlessComfy, base: Path) -> TextEncoder:
+def encoder() -> TextEncoder:
     """The tiny text encoder, as its file holds it."""
-    provide_tiny(base / "models")
-    import folder_paths
-
-    return checkpoints.load_text_encoder(folder_paths.get_full_path("text_encoders", tiny.TEXT_ENCODER))
+    return checkpoints.load_text_encoder(tiny.FOLDERS["text_encoders"] / tiny.TEXT_ENCODER)
 
 
 def test_prompt_to_picture_with_stock_text_nodes(run, toys) -> None:
@@ -36,18 +34,12 @@ def test_prompt_to_picture_with_stock_text_nodes(run, toys) -> None:
     assert image.shape == (1, 128, 128, 3) and torch.isfinite(image).all()
 
 
-def test_the_files_that_ship_are_complete_or_absent() -> None:
-    """A family in part would be mixed with untrained models."""
-    there = {kind: (tiny.FOLDERS[kind] / name).is_file() for kind, name in TINY_FILES.items()}
-    assert all(there.values()) or not any(there.values()), there
-
-
 def test_the_shipped_files_are_offered_by_the_loaders_and_small(comfy: HeadlessComfy) -> None:
     import folder_paths
 
-    for kind, name in TINY_FILES.items():
+    for kind, name in FILES.items():
         assert name in folder_paths.get_filename_list(kind)
-    assert sum((tiny.FOLDERS[kind] / name).stat().st_size for kind, name in TINY_FILES.items()) < 40 * 2**20
+    assert sum((tiny.FOLDERS[kind] / name).stat().st_size for kind, name in FILES.items()) < 40 * 2**20
 
 
 def test_prompts_weights_and_unknown_words(run, encoder: TextEncoder) -> None:

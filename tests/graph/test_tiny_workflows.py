@@ -14,7 +14,6 @@ from harness import workflow
 from harness.demo import FOLDER, WORKFLOWS
 from harness.headless import HeadlessComfy
 from harness.result import Result
-from harness.untrained import provide_tiny
 
 SAVED = {
     "tiny_davae": ["With DA-VAE"],
@@ -32,10 +31,9 @@ ALL = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 @pytest.fixture(scope="module")
-def recommended(base: Path) -> checkpoints.native.Recommended:
+def recommended() -> checkpoints.native.Recommended:
     """What the tiny adapter recommends."""
-    folder = tiny.FOLDERS["loras"] if provide_tiny(base / "models") else base / "models" / "loras"
-    return checkpoints.load_adapter(folder / tiny.ADAPTER).config.recommended
+    return checkpoints.load_adapter(tiny.FOLDERS["loras"] / tiny.ADAPTER).config.recommended
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +43,8 @@ def prompts(comfy: HeadlessComfy) -> dict[str, workflow.Prompt]:
 
 
 @pytest.fixture(scope="module")
-def results(comfy: HeadlessComfy, base: Path, prompts: dict[str, workflow.Prompt]) -> dict[str, Result]:
+def results(comfy: HeadlessComfy, prompts: dict[str, workflow.Prompt]) -> dict[str, Result]:
     """What came out of each workflow as shipped."""
-    provide_tiny(base / "models")
     return {name: comfy.run(prompt) for name, prompt in prompts.items()}
 
 

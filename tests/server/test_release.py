@@ -15,7 +15,6 @@ from harness import release, workflow
 from harness.locate import REPOSITORY, ComfyUI
 from harness.scratch import make_base
 from harness.server import RealServer
-from harness.untrained import provide_tiny
 
 pytestmark = pytest.mark.server
 
@@ -53,7 +52,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Ite
     base = make_base(tmp_path_factory.mktemp("release"), None, probe=False)
     package = release.pack(REPOSITORY, base / "node.zip")
     folder = release.install(package, base / "custom_nodes" / release.install_name(REPOSITORY))
-    provide_tiny(base / "models")
     with RealServer(base, comfyui) as server:
         yield Installed(server, folder, before)
 

@@ -13,17 +13,11 @@ from harness import workflow
 from harness.browser import ComfyPage
 from harness.demo import FOLDER
 from harness.server import RealServer
-from harness.untrained import provide_tiny
 
 pytestmark = pytest.mark.server
 
 TO_PROMPT = "async () => (await window.app.graphToPrompt()).output"
 TINY = sorted(path.stem for path in FOLDER.glob("tiny_*.json"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_models(server: RealServer) -> None:
-    provide_tiny(server.base / "models")
 
 
 def test_the_workflows_are_offered_as_templates(server: RealServer) -> None:

@@ -145,7 +145,7 @@ def test_a_file_without_a_vae_is_refused_by_name(tmp_path: Path) -> None:
     files.save(tmp_path / "none.safetensors", {"a": torch.zeros(1)}, {})
     with pytest.raises(CheckpointError, match=r"half\.safetensors holds no VAE.*post_quant_conv\.bias"):
         load(tmp_path / "half.safetensors")
-    with pytest.raises(CheckpointError, match=r"none\.safetensors holds no VAE.*encoder\.conv_out\.weight"):
+    with pytest.raises(CheckpointError, match=r"none\.safetensors holds no VAE.*it is a file of 1 tensors"):
         load(tmp_path / "none.safetensors")
 
 

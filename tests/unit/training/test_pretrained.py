@@ -9,9 +9,9 @@ import torch
 from davae_core import tiny
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.checkpoints import files
-from davae_core.checkpoints.diffusers_names import transformer_rules
+from davae_core.checkpoints.diffusers_names import transformer_rules, vae_rules
 from davae_core.checkpoints.names import from_native
-from davae_core.checkpoints.tensors import in_memory
+from davae_core.checkpoints.tensors import Tensors, in_memory
 from davae_core.errors import CheckpointError
 from davae_core.mmdit import MMDiT
 from davae_core.training import base_autoencoder, pretrained
@@ -48,8 +48,28 @@ def test_the_diffusion_model_of_a_diffusers_folder_is_in_the_layouts_own_names(m
         assert found.keys() == native.keys() and all(torch.equal(found[name], native[name]) for name in native)
 
 
-def test_the_vae_of_a_checkpoint_loads(checkpoint: Path) -> None:
+def test_the_vae_of_a_checkpoint_loads_and_nothing_else_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    getitem = Tensors.__getitem__
+
+    def noted(self: Tensors, name: str) -> torch.Tensor:
+        read.append(name)
+        return getitem(self, name)
+
+    monkeypatch.setattr(Tensors, "__getitem__", noted)
     assert base_autoencoder.load(checkpoint).config == VAE
+    assert read and not any("diffusion_model" in name for name in read)
+
+
+def test_the_vae_of_a_diffusers_folder_loads(tmp_path: Path) -> None:
+    native = Autoencoder(VAE).state_dict()
+    (tmp_path / "vae").mkdir()
+    theirs = from_native(in_memory(native), vae_rules(VAE))
+    files.save(tmp_path / "vae/diffusion_pytorch_model.safetensors", dict(theirs), {})
+    found = base_autoencoder.load(tmp_path).state_dict()
+    assert found.keys() == native.keys() and all(torch.equal(found[name], native[name]) for name in native)
 
 
 def test_what_is_no_base_model_is_named(tmp_path: Path) -> None:

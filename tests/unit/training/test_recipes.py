@@ -117,8 +117,8 @@ def test_captions_that_come_as_embeddings_are_read_as_the_encoder_would_give_the
     more = {"encoder": [], "embeddings": ["--text-encoder", "None", "--embeddings", str(embedded)]}
     for name, told in read.items():
 
-        def noted(model: Any, x: Any, t: Any, *text: torch.Tensor, told: list[torch.Tensor] = told) -> torch.Tensor:
-            told += text
+        def noted(model: Any, x: Any, t: Any, *text: Any, told: list[torch.Tensor] = told) -> torch.Tensor:
+            told += text[:2]
             return forward(model, x, t, *text)
 
         monkeypatch.setattr(AdaptedModel, "forward", noted)

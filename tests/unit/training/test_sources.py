@@ -170,6 +170,19 @@ def test_a_shard_that_is_damaged_in_the_middle_is_named(tmp_path: Path) -> None:
         index([str(path)])
 
 
+def test_a_shard_that_is_cut_short_is_reported_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(3):
+        shard(tmp_path / f"s{number}.tar", {f"{number}{letter}.png": PNG for letter in "ab"})
+    cut = tmp_path / "s1.tar"
+    cut.write_bytes(cut.read_bytes()[: 512 + len(PNG) // 2])
+    found = index([str(tmp_path / "s{0..2}.tar")])
+    assert [Path(source.name).name for source in found] == ["0a.png", "0b.png", "2a.png", "2b.png"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"the shard {cut} is cut short or damaged (unexpected end of data); write it again. The training goes on "
+        "without its images"
+    ]
+
+
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
 def test_compressed_shards_are_refused(mode: str, tmp_path: Path) -> None:
     for name in (f"x.tar.{mode}", "x.tar"):

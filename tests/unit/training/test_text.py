@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from davae_core.checkpoints import files
 from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.training import shards, text, text_encoders
-from davae_core.training.embeddings import KIND, load_embeddings, present
+from davae_core.training.embeddings import KIND, load_embeddings
 from davae_core.training.text import TextConfig, captions_in, encode_all
 from davae_core.training.text_encoders import Encoded, TextEncoders, load_clip, load_t5, read_state
 from davae_core.training.tokens import Tokenizers, as_prompt, chunks
@@ -311,7 +311,7 @@ def test_numbers_that_fp16_cannot_hold_are_refused(tmp_path: Path) -> None:
 def test_context_is_clip_widened_by_zeros_and_then_t5(tmp_path: Path) -> None:
     encode(tmp_path, Counting())
     embeddings = load_embeddings(tmp_path)
-    context, pooled = embeddings(["caption 3"])
+    context, pooled, _ = embeddings(["caption 3"])
     one = Counting.one("caption 3")
     assert context.shape == (1, 77 + len(one.t5), 48) and context.dtype == torch.float32
     torch.testing.assert_close(context[0, :77, :40], one.clip, atol=1e-3, rtol=1e-3)
@@ -323,11 +323,10 @@ def test_context_is_clip_widened_by_zeros_and_then_t5(tmp_path: Path) -> None:
 def test_shorter_captions_are_filled_up_and_marked(tmp_path: Path) -> None:
     encode(tmp_path, Counting())
     embeddings = load_embeddings(tmp_path)
-    context, _ = embeddings(["caption 1", ""])
-    there = present(context)
+    context, _, there = embeddings(["caption 1", ""])
     assert there is not None and there.sum(dim=1).tolist() == [77 + 77 + len("caption 1"), 154]
     assert there[1, :154].all() and not context[1, 154:].any()
-    assert present(embeddings(["caption 1", "caption 2"])[0]) is None
+    assert embeddings(["caption 1", "caption 2"]).present is None
 
 
 def test_a_caption_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -361,7 +360,7 @@ def test_the_command_encodes_the_captions_of_a_folder(
     clip_l, clip_g = (load_clip(toy_files[role], role) for role in ("clip_l", "clip_g"))  # type: ignore[arg-type]
     encoders = TextEncoders(Tokenizers(toy_tokenizers), clip_l, clip_g, load_t5(toy_files["t5xxl"]))
     for caption in captions_in([str(photos)]):
-        context, pooled = embeddings([caption])
+        context, pooled, _ = embeddings([caption])
         [told] = encoders([caption])
         torch.testing.assert_close(context[0, : len(told.clip), :40], told.clip, atol=1e-5, rtol=0)
         torch.testing.assert_close(context[0, len(told.clip) :], told.t5, atol=1e-5, rtol=0)
