@@ -20,7 +20,7 @@ from . import bounds, cases, fresh, machine, memory, sides, timing
 from .record import CaseResult, SideResult
 from .setup import DTYPES, SCALES, Setup
 
-WARM_SHARE = 0.25  # of the limit; calls that take longer are not warmed up, which would show in none of their digits
+WARM_SECONDS = 15  # a round that takes longer is not warmed up: it would show in none of its digits
 RUN_FACTOR = 0.5  # of the rate of a large matrix product, which is what most calls reach; to guess how long one takes
 
 
@@ -46,14 +46,14 @@ class Runner:
         """The figures of a case, or None where it is left out; :attr:`left_out` then says why."""
         setup = self._setup(case)
         costs = [None if case.alone else sides.count(side, setup) for side in case.sides]
-        guess = sum(cost.flops for cost in costs if cost) * 2 / (self.rate * RUN_FACTOR)
+        guess = sum(cost.flops for cost in costs if cost) / (self.rate * RUN_FACTOR)
         if guess > self.limit and not case.slow:
             self.left_out[case.name] = f"would take about {guess:.0f} s, more than --limit {self.limit:.0f}"
             return None
         try:
             if case.alone:
                 return self._alone(case, setup)
-            return self._in_turn(case, setup, costs, warm_up=guess < self.limit * WARM_SHARE and not case.slow)
+            return self._in_turn(case, setup, costs, warm_up=guess < WARM_SECONDS and not case.slow)
         except (torch.cuda.OutOfMemoryError, MemoryError) as problem:
             self.left_out[case.name] = str(problem).splitlines()[0]
             return None
@@ -81,9 +81,13 @@ class Runner:
 
     def _alone(self, case: cases.Case, setup: Setup) -> CaseResult:
         with tempfile.TemporaryDirectory(prefix="davae-bench-") as folder:
-            case.write_files(Path(folder), setup)
-            sides.forget()
-            found = [[fresh.measure(side, setup, Path(folder)) for side in case.sides] for _ in range(case.rounds)]
+            if case.write_files:
+                case.write_files(Path(folder), setup)
+                sides.forget()
+            found = [
+                [fresh.measure(side, setup, Path(folder)) for side in case.sides]
+                for _ in timing.within(self.limit, case.rounds)
+            ]
         results = [
             SideResult(
                 side.label,
@@ -132,7 +136,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, default="full", help="of the diffusion model (default: full)")
     parser.add_argument("--blocks", type=int, help="of the diffusion model (default: all on a GPU, 6 on a CPU)")
     parser.add_argument(
-        "--limit", type=float, default=900.0, metavar="S", help="seconds a case may take (default: 900)"
+        "--limit", type=float, default=600.0, metavar="S", help="seconds the rounds of a case may take (default: 600)"
     )
     return parser.parse_args(argv)
 

@@ -12,7 +12,7 @@ from .setup import Setup
 from .sides import COMFY, CORE, Side
 
 SIZES = (256, 512, 1024, 1536, 2048, 4096)
-BATCHES = (1, 2, 4, 8)
+BATCHES = (1, 2, 4)
 ROUTES = (COMFY, CORE)
 
 
@@ -24,9 +24,9 @@ class Case:
         name: unique; results, bounds and the command line know it by this.
         title: in words.
         sides: two or more, taken in turn.
-        rounds: how often each is timed.
+        rounds: how often each is timed, if there is time.
         memory: the peak of each is measured too.
-        alone: each side is timed in processes of its own.
+        alone: each side is timed in processes of its own, where its peak is measured too.
         scale: overrides the setup's.
         blocks: likewise, if not 0; -1 for all blocks.
         slow: part of the long run alone.
@@ -42,7 +42,7 @@ class Case:
     scale: str = ""
     blocks: int = 0
     slow: bool = False
-    write_files: Callable[[Path, Setup], None] = loading.write_files
+    write_files: Callable[[Path, Setup], None] | None = None
 
 
 def quick() -> list[Case]:
@@ -73,6 +73,7 @@ def quick() -> list[Case]:
         alone=True,
         scale="toy",
         blocks=-1,
+        write_files=loading.write_files,
     )
     return [*equal, decode, load]
 
@@ -150,15 +151,15 @@ def _autoencoder() -> Iterator[Case]:
             f"tiled decode 2048 {route}",
             "DA-VAE decode in strips / in one piece at 2048 px",
             (Side("DA-VAE tiled decode", 2048, route), Side("DA-VAE decode", 2048, route)),
-            rounds=3,
-            memory=True,
+            rounds=2,
+            alone=True,
         )
     yield Case(
         "tiled encode 2048",
         "DA-VAE encode in strips / in one piece at 2048 px",
         (Side("DA-VAE tiled encode", 2048), Side("DA-VAE encode", 2048)),
-        rounds=3,
-        memory=True,
+        rounds=2,
+        alone=True,
     )
 
 
@@ -176,7 +177,7 @@ def _pictures(gpu: bool) -> Iterator[Case]:
                         for what in ("picture, native", "picture, adapted", "picture, native at half size, bicubic")
                     ),
                     rounds=3,
-                    memory=True,
+                    memory=route == COMFY,
                     scale=scale,
                 )
 
@@ -194,6 +195,7 @@ def _loading(gpu: bool) -> Iterator[Case]:
             scale=scale,
             blocks=-1,
             slow=scale == "full" and not gpu,
+            write_files=loading.write_files,
         )
     yield Case(
         "second run",
@@ -203,6 +205,7 @@ def _loading(gpu: bool) -> Iterator[Case]:
         alone=True,
         scale="small",
         blocks=-1,
+        write_files=loading.write_files,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,15 @@ class Seconds:
         return {"median": self.median, "q1": low, "q3": high, "all": list(self.all)}
 
 
+def within(budget: float, rounds: int) -> Iterator[int]:
+    """Count rounds; after the first none begins that would end later than ``budget`` seconds, by what they took."""
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done and (time.perf_counter() - begin) * (done + 1) / done > budget:
+            return
+        yield done
+
+
 def in_turn(
     calls: Sequence[Callable[[], object]],
     rounds: int,
@@ -52,8 +61,7 @@ def in_turn(
     Args:
         calls: what to time; their results are dropped.
         rounds: how often each is timed.
-        budget: seconds after which no further round begins, once three are done (or one, where a round alone takes
-            longer than that).
+        budget: seconds; after the first round none begins that would end later, by what the others took.
         warm_up: rounds before the first that counts.
         synchronise: waits for a device to be done.
     """
@@ -62,11 +70,7 @@ def in_turn(
             call()
     synchronise()
     taken: list[list[float]] = [[] for _ in calls]
-    begin = time.perf_counter()
-    for done in range(rounds):
-        spent = time.perf_counter() - begin
-        if done and spent > budget and (done >= 3 or spent > budget * done):
-            break
+    for _ in within(budget, rounds):
         for call, seconds in zip(calls, taken, strict=True):
             start = time.perf_counter()
             call()

@@ -29,7 +29,7 @@ class Sampling:
     """
 
     shift: float = 3.0
-    cfg: float = 2.5
+    cfg: float = 1.5
     steps: int = 30
 
 

@@ -103,7 +103,7 @@ def adapter_recipe(size: str) -> adapter.AdapterRecipe:
     """The adapter, on the captioned images."""
     return adapter.AdapterRecipe(
         data=DataConfig(_images(size, "train"), size=SIZES[size], flip=False, workers=0, cache=True),
-        run=RunConfig(folder(size, "adapter"), steps=2500, batch=64),
+        run=RunConfig(folder(size, "adapter"), steps=7500, batch=64),
         model=folder(size, "base_dit") / tiny.MODEL,
         text_encoder=folder(size, "base_dit") / tiny.TEXT_ENCODER,
         autoencoder=folder(size, "autoencoder_finish") / tiny.AUTOENCODER,

@@ -180,7 +180,7 @@ def test_the_command_measures_everything_on_prepared_data(folder: Path, prepared
     told = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert told["images"] == 2 and told["generation"]["count"] == 2
     assert told["settings"]["captions"] == 100 and told["settings"]["seed"] == 0
-    assert told["generation"]["sampling"]["base"] == {"shift": 3.0, "cfg": 2.5, "steps": 1}
+    assert told["generation"]["sampling"]["base"] == {"shift": 3.0, "cfg": 1.5, "steps": 1}
     assert told["generation"]["sampling"]["adapted"] == {"shift": 2.0, "cfg": 2.0, "steps": 1}
     assert told["reconstruction"].keys() == METHODS.keys()
     lacking = sum("st-lpips" in line for line in told["not_measured"])
