@@ -1,4 +1,4 @@
-"""docs/training.md, from raw images to a picture in ComfyUI: every command as written, at a tiny scale.
+"""docs/TRAINING.md, from raw images to a picture in ComfyUI: every command as written, at a tiny scale.
 
 The commands run in a folder where everything they name is there, only small. What stands in for `python`, `accelerate`
 and `pip` adds options at the end that make each training two steps on images of 64 px.
@@ -27,7 +27,7 @@ from harness.graph import Graph
 from harness.headless import HeadlessComfy
 from harness.locate import REPOSITORY, ComfyUI
 
-GUIDE = REPOSITORY / "docs" / "training.md"
+GUIDE = REPOSITORY / "docs" / "TRAINING.md"
 STEPS = "--data.size {size} --data.workers 0 --run.steps 2 --run.batch 2 --run.micro-batch 1 --run.precision fp32"
 ADAPTER = f"{STEPS} --frozen fp32 --rank 4 --recommended.steps 2"
 SMALL = {  # what is added to each command, by its module and recipe
