@@ -20,7 +20,7 @@ from . import bounds, cases, fresh, machine, memory, sides, timing
 from .record import CaseResult, SideResult
 from .setup import DTYPES, SCALES, Setup
 
-WARM_SECONDS = 15  # a round that takes longer is not warmed up: it would show in none of its digits
+WARM_SECONDS = 150  # a round that takes longer is not warmed up: it would not show in its digits
 RUN_FACTOR = 0.5  # of the rate of a large matrix product, which is what most calls reach; to guess how long one takes
 
 

@@ -25,12 +25,15 @@ Conditioning = list[list[Any]]
 
 @cache
 def booted(device: str) -> HeadlessComfy:
-    """ComfyUI with this pack, in this process, without previews."""
+    """ComfyUI with this pack, in this process, without previews; its attention is torch's, like that of all others.
+
+    That is ComfyUI's own choice on a GPU. On a CPU it takes another, with which many tokens are several times slower.
+    """
     folder = Path(tempfile.mkdtemp(prefix="davae-bench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if device == "cuda":
         os.environ["DAVAE_GPU"] = "1"
-    return HeadlessComfy(make_base(folder, REPOSITORY), find_comfyui(), preview_method="none")
+    return HeadlessComfy(make_base(folder, REPOSITORY), find_comfyui(), "none", ["--use-pytorch-cross-attention"])
 
 
 @cache

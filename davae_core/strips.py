@@ -61,30 +61,19 @@ class Window:
 
 
 class Upsampled:
-    """A picture of twice the size, computed when asked for and never held.
-
-    Enlarging by nearest neighbour and then a 3x3 convolution is, for each of the four positions in a pixel, a 2x2
-    convolution of the small picture, whose weights are sums of the 3x3 ones: four ninths of the work.
-    """
+    """A picture of twice the size, computed when asked for and never held; see :class:`Upsample`."""
 
     def __init__(self, x: torch.Tensor, layer: Upsample) -> None:
-        self.x, self.conv = x, layer.conv
-        weight = layer.conv.weight.float()
-        self.weights = [[_taps(_taps(weight, 2, v), 3, u).to(x.dtype) for u in (0, 1)] for v in (0, 1)]
+        self.x, self.layer, self.weights = x, layer, layer.position_weights()
         batch, _, height, width = x.shape
         self.shape: tuple[int, ...] = (batch, layer.conv.out_channels, 2 * height, 2 * width)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Computed anew at each call."""
-        batch, channels, _, width = self.shape
         first, last, height = start // 2, (stop + 1) // 2, self.x.shape[2]  # rows of the small picture
         top, bottom = _halo(first, last, height)
         small = F.pad(self.x[:, :, top:bottom], (1, 1, int(first == 0), int(last == height)))
-        large = self.x.new_empty(batch, channels, 2 * (last - first), width)
-        for v in (0, 1):
-            for u in (0, 1):
-                part = small[:, :, v : v + last - first + 1, u : u + width // 2 + 1]
-                large[:, :, v::2, u::2] = F.conv2d(part, self.weights[v][u], self.conv.bias)
+        large = self.layer.enlarge(small, self.weights)
         return large[:, :, start % 2 : start % 2 + stop - start]
 
 
@@ -274,12 +263,6 @@ def _conv(conv: nn.Conv2d, rows: torch.Tensor, start: int, stop: int, height: in
     if start == 0 or stop == height:
         rows = F.pad(rows, (0, 0, int(start == 0), int(stop == height)))
     return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
-
-
-def _taps(weight: torch.Tensor, dim: int, position: int) -> torch.Tensor:
-    """Three taps in the large picture as two in the small one, for the first or the second pixel of each pair."""
-    a, b, c = weight.unbind(dim)
-    return torch.stack([a + b, c] if position else [a, b + c], dim)
 
 
 def _normalise(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +41,9 @@ class HeadlessComfy:
 
     _booted: Path | None = None
 
-    def __init__(self, base: Path, comfyui: ComfyUI, preview_method: str = "latent2rgb") -> None:
+    def __init__(
+        self, base: Path, comfyui: ComfyUI, preview_method: str = "latent2rgb", arguments: Sequence[str] = ()
+    ) -> None:
         if HeadlessComfy._booted is not None:
             raise RuntimeError(f"ComfyUI already runs in this process on {HeadlessComfy._booted}; use a subprocess")
         HeadlessComfy._booted = self.base = Path(base).resolve()
@@ -59,6 +62,7 @@ class HeadlessComfy:
             str(self.base),
             "--preview-method",
             preview_method,
+            *arguments,
         ]
         if os.environ.get("DAVAE_GPU") != "1":
             sys.argv.append("--cpu")

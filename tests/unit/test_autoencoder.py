@@ -10,6 +10,7 @@ from davae_core.autoencoder import (
     AutoencoderConfig,
     Downsample,
     ResnetBlock,
+    Upsample,
     latent_from_moments,
 )
 from davae_core.errors import CheckpointError, DAVAEError
@@ -122,3 +123,25 @@ def test_a_missing_tensor_is_named(toy_vae: AutoencoderConfig, missing: str) -> 
 def test_configuration_is_read_at_a_prefix(toy_vae: AutoencoderConfig) -> None:
     state = {f"first_stage_model.{name}": t for name, t in Autoencoder(toy_vae).state_dict().items()}
     assert AutoencoderConfig.from_state_dict(state, "first_stage_model.encoder.") == toy_vae
+
+
+@pytest.mark.parametrize("size", [(7, 5), (1, 1), (8, 8)])
+def test_enlarging_is_the_same_with_and_without_gradients(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer, x = Upsample(16), torch.randn(2, 16, *size)
+    with torch.enable_grad():
+        plain = layer(x)
+    with torch.no_grad():
+        quick = layer(x)
+    assert plain.requires_grad and plain.std() > 0.1
+    torch.testing.assert_close(quick, plain.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_what_works_in_place_leaves_its_input_alone() -> None:
+    torch.manual_seed(0)
+    vae, z, x = Autoencoder(AutoencoderConfig((32, 32), 1)).eval(), torch.randn(1, 16, 4, 4), torch.randn(1, 32, 8, 8)
+    z_before, x_before = z.clone(), x.clone()
+    with torch.no_grad():
+        vae.decode(z)
+        vae.decoder.up[0].block[0](x)
+    assert torch.equal(z, z_before) and torch.equal(x, x_before)
