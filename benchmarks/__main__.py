@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -185,7 +186,7 @@ def _record(
 ) -> dict[str, Any]:
     """What is written down of a run."""
     return {
-        "command": " ".join(["python3 dev.py bench", *(sys.argv[1:] if argv is None else argv)]),
+        "command": "python3 dev.py bench " + shlex.join(sys.argv[1:] if argv is None else argv),
         "date": datetime.date.today().isoformat(),
         "machine": machine.describe(setup.device) | {"load": machine.load(), "matmul_flops_per_second": rate},
         "setup": setup.to_json(),

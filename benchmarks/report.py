@@ -19,15 +19,16 @@ from davae_core.evaluation.report import Bound, run
 
 from . import bounds, machine
 from .record import CaseResult, SideResult, case_from_json
+from .sides import COMFY, CORE
 from .svg import Chart, Line, render
 
 HEAD = ("", "first", "second", "ratio", "arithmetic", "bound", "")
 FIGURES = {"time": "", "memory": ", peak memory", "shared": ", weights shared"}  # and how a row of the table says so
 GIB = 2**30
-# Which cases show growth, what a side of them is called, with its model and the number on the x axis, and the axis.
+# Which cases show growth, how a side of them is labelled, with its model and the number on the x axis, and the axis.
 GROWTH = (
-    ("equal ", r"(native|adapted), (\d+) px \(davae_core\)", "picture, px a side"),
-    ("batch ", r"(native|adapted), 512 px(?:, batch (\d+))? \(davae_core\)", "pictures at a time (512 px)"),
+    ("equal ", r"(native|adapted), (\d+) px", "picture, px a side"),
+    ("batch ", r"(native|adapted), 512 px(?:, batch (\d+))?", "pictures at a time (512 px)"),
 )
 
 
@@ -99,14 +100,18 @@ def _seconds(side: SideResult) -> str:
 
 
 def scaling(results: Sequence[CaseResult]) -> list[Chart]:
-    """Time and memory of a model call against the picture's size and against the batch."""
+    """Time and memory of a model call against the picture's size and against the batch.
+
+    Times against the size are those of ComfyUI's route, which users take; the rest is measured in bare torch alone.
+    """
     charts = []
     for kind, pattern, x_label in GROWTH:
         sides = [side for result in results if result.name.startswith(kind) for side in result.sides]
         for title, y_label in (("Time of a model call", "seconds"), ("Peak memory of a model call", "GiB")):
             points: dict[str, dict[float, float]] = {"native": {}, "adapted": {}}
+            route = COMFY if (kind, y_label) == ("equal ", "seconds") else CORE
             for side in sides:
-                match, y = re.fullmatch(pattern, side.label), _figure(side, y_label)
+                match, y = re.fullmatch(rf"{pattern} \({route}\)", side.label), _figure(side, y_label)
                 if match and y:
                     points[match[1]].setdefault(float(match[2] or 1), y)
             lines = [Line(label, tuple(sorted(some.items()))) for label, some in points.items()]
