@@ -1,6 +1,6 @@
 """Result files to a table in Markdown and a picture of how time and memory grow.
 
-python -m benchmarks.report benchmarks/results/*.json --plot benchmarks/results/scaling.svg
+python -m benchmarks.report benchmarks/results/*.json --plot benchmarks/results/growth.svg
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _figure(side: SideResult, unit: str) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the tables; with ``--plot`` write the picture."""
+    """Print the tables; with ``--plot`` write the picture, of what has been measured at two places at least."""
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="files written with --json")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="write the picture of growth to this file")
@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(markdown(told) for told in runs))
     if options.plot:
         charts = scaling([result for told in runs for result in told["results"]])
+        charts = [chart for chart in charts if any(len(line.points) > 1 for line in chart.lines)]
         write_whole(options.plot, render(charts).encode())
 
 
