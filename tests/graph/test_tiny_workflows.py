@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from davae_core import checkpoints, tiny
+from davae_core.evaluation.generate import Sampling
 from harness import workflow
 from harness.demo import FOLDER, WORKFLOWS
 from harness.headless import HeadlessComfy
@@ -125,11 +126,11 @@ def test_the_last_preview_has_the_colours_of_the_picture(comfy, prompts, results
     assert np.abs(difference).mean() < 25  # of 255
 
 
-def test_the_base_model_is_sampled_as_the_adapter_recommends(comfy, prompts, recommended) -> None:
+def test_the_base_model_is_sampled_as_the_adapter_recommends_at_its_own_guidance(comfy, prompts, recommended) -> None:
     native = prompts["tiny_native"]
     sampler = native[workflow.find(native, "KSampler")]["inputs"]
     shift = native[workflow.find(native, "ModelSamplingSD3")]["inputs"]["shift"]
-    assert (sampler["steps"], sampler["cfg"], shift) == (recommended.steps, recommended.cfg, recommended.shift)
+    assert (sampler["steps"], sampler["cfg"], shift) == (recommended.steps, Sampling().cfg, recommended.shift)
 
 
 def test_the_size_is_the_one_the_adapter_was_trained_for(comfy, prompts, recommended) -> None:

@@ -137,7 +137,7 @@ def test_small_pictures_are_enlarged_by_whole_factors_and_keep_their_pixels() ->
 
 def test_a_sheet_shows_every_picture_whole_and_names_it() -> None:
     red, blue = Image.new("RGB", (64, 64), (255, 0, 0)), Image.new("RGB", (300, 150), (0, 0, 255))
-    made = sheet.contact_sheet([("one", [("a", red), ("b", blue)]), ("two", [("a", red)])], "end")
+    made = sheet.contact_sheet([("one", [("a", red), ("b", blue)]), ("two", [("a", red)])])
     pixels = np.asarray(made)
     assert (pixels == (255, 0, 0)).all(axis=-1).sum() == 2 * 256 * 256
     assert (pixels == (0, 0, 255)).all(axis=-1).sum() == 300 * 150
