@@ -27,7 +27,7 @@ Conditioning = list[list[Any]]
 def booted(device: str) -> HeadlessComfy:
     """ComfyUI with this pack, in this process, without previews; its attention is torch's, like that of all others.
 
-    That is ComfyUI's own choice on a GPU. On a CPU it takes another, with which many tokens are several times slower.
+    That is ComfyUI's own choice on a GPU. On a CPU it takes another, two or three times slower with many tokens.
     """
     folder = Path(tempfile.mkdtemp(prefix="davae-bench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

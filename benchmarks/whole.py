@@ -20,10 +20,10 @@ from davae_core.mmdit import MMDiT
 from harness.graph import Graph, Node
 
 from . import core, loading, memory, route
+from .loading import Ready
 from .setup import Setup
 
 CHECKPOINT, MERGED = "bench_whole.safetensors", "bench_merged.safetensors"
-Ready = tuple[Callable[[], Any], dict[str, Any]]
 
 
 def write_files(folder: Path, setup: Setup) -> None:
