@@ -47,15 +47,15 @@ def install(config: InstallConfig) -> list[Path]:
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
     davae = checkpoints.load_autoencoder(stage["autoencoder_sharpen"] / tiny.AUTOENCODER, torch.float32)
     adapter = checkpoints.load_adapter(stage["adapter"] / tiny.ADAPTER)
+    told = recipes.adapter_recipe(config.size).recommended  # chosen by what the trained family draws
     preview = preview_of(davae, recipes.folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))
     latent = replace(adapter.config.latent, preview=preview)
     half = replace(
         adapter,
-        config=replace(adapter.config, latent=latent),
+        config=replace(adapter.config, latent=latent, recommended=told),
         state={name: tensor.half() for name, tensor in adapter.state.items()},
     )
-    told = adapter.config.recommended
     out = {kind: config.into / kind for kind in tiny.FOLDERS}
     paths = [
         out["diffusion_models"] / tiny.MODEL,

@@ -90,7 +90,7 @@ def sharpened_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
     finished = finished_autoencoder_recipe(size)
     return replace(
         finished,
-        run=RunConfig(folder(size, "autoencoder_sharpen"), steps=450, batch=4, seed=2),
+        run=RunConfig(folder(size, "autoencoder_sharpen"), steps=850, batch=4, seed=2),
         start=folder(size, "autoencoder_finish") / tiny.AUTOENCODER,
         freeze_detail=True,
         optimiser=replace(finished.optimiser, lr=2e-4, ema=0.99),
@@ -103,7 +103,7 @@ def adapter_recipe(size: str) -> adapter.AdapterRecipe:
     """The adapter, on the captioned images."""
     return adapter.AdapterRecipe(
         data=DataConfig(_images(size, "train"), size=SIZES[size], flip=False, workers=0, cache=True),
-        run=RunConfig(folder(size, "adapter"), steps=7500, batch=64),
+        run=RunConfig(folder(size, "adapter"), steps=15000, batch=64),
         model=folder(size, "base_dit") / tiny.MODEL,
         text_encoder=folder(size, "base_dit") / tiny.TEXT_ENCODER,
         autoencoder=folder(size, "autoencoder_finish") / tiny.AUTOENCODER,
@@ -113,7 +113,7 @@ def adapter_recipe(size: str) -> adapter.AdapterRecipe:
         targets=PAPER_TARGETS,
         detail_warmup=500,
         keep_latents=True,
-        recommended=Recommended(SIZES[size], shift=FLOW.shift, cfg=2.5, steps=30),
+        recommended=Recommended(SIZES[size], shift=FLOW.shift, cfg=3.0, steps=30),
     )
 
 
