@@ -122,6 +122,12 @@ def _calls() -> Iterator[Case]:
         (Side("adapted", 1024, COMFY), Side("adapted", 1024, CORE)),
         rounds=9,
     )
+    yield Case(
+        "native route 512",
+        "ComfyUI route / bare davae_core, native model call at 512 px: the same tokens, nothing of this pack",
+        (Side("native", 512, COMFY), Side("native", 512, CORE)),
+        rounds=9,
+    )
 
 
 def _full_depth(gpu: bool) -> Iterator[Case]:
