@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 360
+COLUMNS = 2
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 40, 48
 COLOURS = ("#4878a8", "#c8553d", "#5b8e4a", "#8a6fb0")
 PAPER, INK, GRID = "#ffffff", "#222222", "#dddddd"
@@ -42,14 +43,17 @@ class Chart:
 
 
 def render(charts: Sequence[Chart]) -> str:
-    """Charts side by side in one picture."""
+    """Charts in one picture, two in a row."""
     drawn = [chart for chart in charts if any(line.points for line in chart.lines)]
-    parts = [f'<g transform="translate({i * WIDTH} 0)">{_chart(chart)}</g>' for i, chart in enumerate(drawn)]
-    width = max(1, len(drawn)) * WIDTH
+    parts = [
+        f'<g transform="translate({i % COLUMNS * WIDTH} {i // COLUMNS * HEIGHT})">{_chart(chart)}</g>'
+        for i, chart in enumerate(drawn)
+    ]
+    width, height = max(1, min(COLUMNS, len(drawn))) * WIDTH, max(1, math.ceil(len(drawn) / COLUMNS)) * HEIGHT
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="12" fill="{INK}">'
-        f'<rect width="{width}" height="{HEIGHT}" fill="{PAPER}"/>' + "".join(parts) + "</svg>\n"
+        f'<rect width="{width}" height="{height}" fill="{PAPER}"/>' + "".join(parts) + "</svg>\n"
     )
 
 
