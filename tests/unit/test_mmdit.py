@@ -200,6 +200,15 @@ def test_bfloat16_is_near_float32(mmdit: MMDiT) -> None:
     assert (v - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+def test_tokens_lie_one_after_another_in_memory(mmdit: MMDiT) -> None:
+    """In another order, each layer norm would copy them."""
+    laid_out = []
+    for block in mmdit.joint_blocks:
+        block.register_forward_pre_hook(lambda module, given: laid_out.append(given[1].is_contiguous()))
+    mmdit(*inputs(mmdit.config))
+    assert laid_out == [True] * mmdit.config.depth
+
+
 @pytest.mark.parametrize(("height", "width"), [(6, 4), (5, 3)])
 def test_compiles_in_one_graph(mmdit: MMDiT, height: int, width: int) -> None:
     given = inputs(mmdit.config, height, width)
