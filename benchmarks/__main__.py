@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from davae_core.errors import DAVAEError
-from davae_core.evaluation import report as figures
+from davae_core.evaluation import figures
 
 from . import bounds, cases, fresh, machine, memory, sides, timing
 from .record import CaseResult, SideResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from davae_core.evaluation.report import Bound
+from davae_core.evaluation.figures import Bound
 
 from .record import CaseResult
 from .sides import COMFY, CORE

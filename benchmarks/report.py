@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from davae_core import atomic, command
 from davae_core.errors import DAVAEError
-from davae_core.evaluation.images import write_whole
-from davae_core.evaluation.report import Bound, run
+from davae_core.evaluation.figures import Bound
 
 from . import bounds, machine
 from .record import CaseResult, SideResult, case_from_json
@@ -136,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.plot:
         charts = scaling([result for told in runs for result in told["results"]])
         charts = [chart for chart in charts if any(len(line.points) > 1 for line in chart.lines)]
-        write_whole(options.plot, render(charts).encode())
+        atomic.write(options.plot, render(charts).encode())
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    command.run(lambda: main(sys.argv[1:]))

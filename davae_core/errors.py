@@ -11,3 +11,7 @@ class CheckpointError(DAVAEError):
 
 class LatentError(DAVAEError):
     """A latent or an image has the wrong channels or size."""
+
+
+class WriteError(CheckpointError):
+    """A file cannot be written."""

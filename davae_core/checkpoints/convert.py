@@ -13,11 +13,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import atomic, command
 from ..adapter import Recommended
 from ..bases import BASES
 from ..errors import CheckpointError
 from ..mmdit import MMDiTConfig
-from . import authors_adapter, authors_autoencoder, command, export, files, lora, metadata, native, tensors, verify
+from . import authors_adapter, authors_autoencoder, export, files, lora, metadata, native, tensors, verify
 from .opening import Opened, Part, open_any
 
 
@@ -191,7 +192,7 @@ def _recommended(args: argparse.Namespace) -> Recommended:
 def _export(args: argparse.Namespace, opened: Opened) -> Path:
     """A folder for diffusers."""
     kind, name = opened.detected.kind, opened.path.name
-    with command.writing_folder(args.dst) as folder:
+    with atomic.writing_folder(args.dst) as folder:
         if kind == "autoencoder":
             part = open_any(args.base).parts.get("vae") if args.base is not None else None
             difference = export.autoencoder(

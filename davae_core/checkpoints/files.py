@@ -1,20 +1,18 @@
 """Reading and writing safetensors files: nothing else is read, and a write is whole or not at all."""
 
-import glob
 import hashlib
 import json
 import os
-import shutil
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError
+from .. import atomic
+from ..errors import CheckpointError, WriteError
 
 HASH_KEY = "modelspec.hash_sha256"
 HASH_BLANK = "0x" + "0" * 64
@@ -61,37 +59,14 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta
     Adds ``modelspec.hash_sha256``, the hash of the tensor data.
 
     Raises:
-        CheckpointError: it cannot be written.
+        WriteError: it cannot be written.
     """
-    with writing(path) as temporary:
-        save_file(_separate(tensors), temporary, metadata={**metadata, HASH_KEY: HASH_BLANK})
-        fill_in_hash(temporary)
-
-
-@contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write what becomes ``path`` when the block ends without an error, and is gone when it does not.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # of a save that was killed
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    # A folder, because safetensors too writes to a file of another name first, and leaves that when it is killed.
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary = aside / path.name
     try:
-        aside.mkdir()
-        yield temporary
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as problem:
-        raise CheckpointError(
-            f"{path} could not be written ({problem}); is there room, and may you write there?"
-        ) from problem
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        with atomic.writing(path) as temporary:
+            save_file(_separate(tensors), temporary, metadata={**metadata, HASH_KEY: HASH_BLANK})
+            fill_in_hash(temporary)
+    except SafetensorError as problem:  # what it says of a full disk
+        raise WriteError(f"{path} could not be written ({problem}); is there room?") from problem
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

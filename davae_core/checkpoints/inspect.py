@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .. import command
 from ..adapter import AdapterConfig
 from ..autoencoder import AutoencoderConfig
 from ..davae import DAVAEConfig
 from ..errors import DAVAEError
 from ..mmdit import MMDiTConfig
-from . import command
 from .opening import Opened, open_any
 from .tensors import Tensors
 

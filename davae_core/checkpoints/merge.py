@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from .. import command
 from ..adapter import LORA_MODULES, WIDENED, Adapter, lora_deltas, widen
 from ..errors import CheckpointError, DAVAEError
-from . import command, metadata, native, tensors
+from . import metadata, native, tensors
 from .opening import open_any
 from .tensors import Tensors
 

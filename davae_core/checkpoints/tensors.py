@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .. import atomic
 from ..errors import CheckpointError
 from . import files
 
@@ -155,7 +156,7 @@ def write(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with files.writing(path) as temporary:
+    with atomic.writing(path) as temporary:
         with open(temporary, "wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
             for name in order:

@@ -1,7 +1,7 @@
 """Measuring what comes out: perceptual distance, and plain numbers on images."""
 
+from ..perceptual import PerceptualDistance, PerceptualName, load_perceptual
 from .metrics import high_frequency_energy, pooled_distance, psnr, resize_bicubic
-from .perceptual import PerceptualDistance, PerceptualName, load_perceptual
 
 __all__ = [
     "PerceptualDistance",

@@ -4,33 +4,15 @@ The noise of a caption depends on the seed and the caption's index alone, not on
 model starts from the base channels of the adapted model's noise.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from .. import flow
 from ..errors import DAVAEError
 from ..mmdit import MMDiT
-from ..text_encoder import TextEncoder
+from ..sampling import Sampling, initial_noise, sample
 from .family import Family
-
-_SEED_STEP = 1_000_003  # indices of captions stay below it, so that no two seeds share noise
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample; the defaults are for the base model (the shift is ComfyUI's for SD3).
-
-    Attributes:
-        shift: time shift of the flow, above 0.
-        cfg: guidance scale; 1 for none.
-        steps: Euler steps, at least 1.
-    """
-
-    shift: float = 3.0
-    cfg: float = 1.5
-    steps: int = 30
 
 
 @dataclass(frozen=True)
@@ -65,55 +47,6 @@ def image_size(family: Family) -> int:
     if size < factor or size % factor:
         raise DAVAEError(f"the adapter's file recommends {size} px; expected a positive multiple of {factor}")
     return size
-
-
-def encode_captions(text: TextEncoder, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """``context [B, L, context]`` and ``pooled [B, pooled]`` of B captions."""
-    tokens = torch.tensor([text.pad(text.tokenize(caption)) for caption in captions])
-    return text(tokens.to(text.token_embedding.weight.device))
-
-
-def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """Noise ``[B, *shape]``, drawn on the CPU for each index by itself."""
-    generators = (torch.Generator().manual_seed(seed * _SEED_STEP + index) for index in indices)
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
-
-
-@torch.no_grad()
-def sample(
-    model: Callable[..., torch.Tensor],
-    text: TextEncoder,
-    captions: Sequence[str],
-    noise: torch.Tensor,
-    sampling: Sampling,
-) -> torch.Tensor:
-    """Latents ``[B, c, h, w]`` in the model's units.
-
-    Args:
-        model: called as ``model(x, t, context, pooled)``, for example an :class:`~davae_core.mmdit.MMDiT`.
-        text: encodes the captions, and the empty one to guide away from.
-        captions: B of them.
-        noise: ``[B, c, h, w]``, on the model's device.
-        sampling: times and guidance.
-    """
-    empty = encode_captions(text, [""] * len(captions))
-    return sample_encoded(model, encode_captions(text, captions), empty, noise, sampling)
-
-
-@torch.no_grad()
-def sample_encoded(
-    model: Callable[..., torch.Tensor],
-    asked: tuple[torch.Tensor | None, ...],
-    empty: tuple[torch.Tensor | None, ...],
-    noise: torch.Tensor,
-    sampling: Sampling,
-) -> torch.Tensor:
-    """:func:`sample` of captions and empty ones that are encoded already, as the model reads them after x and t."""
-
-    def velocity(x: torch.Tensor, t: torch.Tensor, positive: bool) -> torch.Tensor:
-        return model(x, t, *(asked if positive else empty))
-
-    return flow.sample_euler(flow.guided(velocity, sampling.cfg), noise, flow.sigmas(sampling.steps, sampling.shift))
 
 
 def adapted_latents(family: Family, prompts: Sequence[Prompt], seed: int, sampling: Sampling) -> torch.Tensor:

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import command, images
 from ..errors import DAVAEError
-from . import generate, images, report
+from ..sampling import Sampling
+from . import figures, generate
 from .family import Family, find_files, hashes, load_family
-from .generate import Prompt, Sampling
+from .figures import Bound
+from .generate import Prompt
 from .metrics import pooled_distance
 from .references import References, load_references, split
-from .report import Bound
 
 TOP = 5
 # What the shipped models must reach, by part and figure.
@@ -148,13 +150,13 @@ def sheet(pictures: torch.Tensor, verdicts: Sequence[Verdict], references: Refer
 def figures_table(models: dict[str, dict[str, Any]]) -> str:
     """One line per model and part, held-out styles below their sum."""
     rows = []
-    for name, figures in models.items():
-        parts = {"training": figures["training"], "held-out": figures["held_out"]}
-        parts |= {f"  {style}": some for style, some in figures["held_out"]["by_style"].items()}
+    for name, model in models.items():
+        parts = {"training": model["training"], "held-out": model["held_out"]}
+        parts |= {f"  {style}": some for style, some in model["held_out"]["by_style"].items()}
         for part, some in parts.items():
             if some["count"]:
                 rows.append((f"{name} {part}", str(some["count"]), *(f"{some[key]:.3f}" for key in WORDS)))
-    return report.table(("", "count", *WORDS.values()), rows)
+    return figures.table(("", "count", *WORDS.values()), rows)
 
 
 def beside(path: Path, name: str) -> Path:
@@ -165,11 +167,11 @@ def beside(path: Path, name: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(prog="python -m davae_core.evaluation.recall", description=__doc__)
-    report.add_common_arguments(out)
-    out.add_argument("--every", type=report.at_least(1), default=5, help="of the training captions (default: 5)")
-    out.add_argument("--captions", type=report.at_least(0), metavar="N", help="at most N training captions")
-    out.add_argument("--held-out", type=report.at_least(0), metavar="N", help="at most N held-out pairs")
-    out.add_argument("--steps", type=report.at_least(1), default=30, help="of the sampler (default: 30)")
+    figures.add_common_arguments(out)
+    out.add_argument("--every", type=figures.at_least(1), default=5, help="of the training captions (default: 5)")
+    out.add_argument("--captions", type=figures.at_least(0), metavar="N", help="at most N training captions")
+    out.add_argument("--held-out", type=figures.at_least(0), metavar="N", help="at most N held-out pairs")
+    out.add_argument("--steps", type=figures.at_least(1), default=30, help="of the sampler (default: 30)")
     out.add_argument("--models", nargs="+", choices=("adapted", "base"), default=["adapted", "base"])
     return out
 
@@ -184,7 +186,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     references = load_references()
     prompts = choose(references, args.every, args.captions, args.held_out)
     paths = find_files(args.folder)
-    family = load_family(args.folder, report.device(args.device))
+    family = load_family(args.folder, figures.device(args.device))
     samplings = {"adapted": generate.adapted_sampling(family, args.steps), "base": Sampling(steps=args.steps)}
     models: dict[str, dict[str, Any]] = {}
     bounds: list[Bound] = []
@@ -205,7 +207,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "bounds": [bound.to_json() for bound in bounds],
         "passed": all(bound.passed for bound in bounds),
         "weights": hashes(paths),
-        "versions": report.versions(),
+        "versions": figures.versions(),
         "seconds": time.monotonic() - start,
     }
 
@@ -215,14 +217,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser().parse_args(argv)
     measured = measure(args)
     print(f"\n{figures_table(measured['models'])}\n")
-    print(report.bounds_table([report.bound_from_json(told) for told in measured["bounds"]]))
+    print(figures.bounds_table([figures.bound_from_json(told) for told in measured["bounds"]]))
     if args.captions is not None or args.held_out is not None or args.every != 5:
         print("\nA quick run: the bounds are meant for --every 5 and all held-out pairs.")
     print(f"\n{measured['seconds']:.0f} s")
     if args.json is not None:
-        report.write_json(args.json, measured)
+        figures.write_json(args.json, measured)
     return measured
 
 
 if __name__ == "__main__":
-    report.run(main)
+    command.run(main)

@@ -22,16 +22,17 @@ from typing import Any, get_args
 
 import torch
 
-from .. import sizes, tiny
+from .. import command, images, sizes, tiny
 from ..davae import DAVAE
 from ..errors import DAVAEError
-from . import generate, images, report
+from ..perceptual import PerceptualDistance, PerceptualName, load_perceptual
+from ..sampling import Sampling
+from . import figures, generate
 from .family import FILES, Family, find_files, hashes, load_davae, load_family
-from .generate import Prompt, Sampling
+from .figures import Bound
+from .generate import Prompt
 from .metrics import high_frequency_energy, psnr, resize_bicubic
-from .perceptual import PerceptualDistance, PerceptualName, load_perceptual
 from .references import References, load_references
-from .report import Bound
 
 METHODS = {"davae": "DA-VAE", "base_bicubic": "base VAE + bicubic", "davae_detail_0": "DA-VAE, detail strength 0"}
 METRICS: tuple[PerceptualName, ...] = tuple(
@@ -249,7 +250,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """
     start = time.monotonic()
     source = find_source(args.images)
-    device = report.device(args.device)
+    device = figures.device(args.device)
     generates = bool(source.training and args.captions)
     paths = find_files(args.folder, tuple(FILES) if generates else (tiny.AUTOENCODER,))
     family = load_family(args.folder, device) if generates else None
@@ -288,7 +289,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "bounds": [bound.to_json() for bound in bounds],
         "passed": all(bound.passed for bound in bounds),
         "weights": hashes(paths),
-        "versions": report.versions(),
+        "versions": figures.versions(),
         "seconds": time.monotonic() - start,
     }
 
@@ -327,10 +328,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     out.add_argument("--images", type=Path, required=True, metavar="DIR", help="prepared data, or any images")
-    report.add_common_arguments(out)
-    out.add_argument("--limit", type=report.at_least(1), metavar="N", help="reconstruct at most N images")
-    out.add_argument("--captions", type=report.at_least(0), default=100, metavar="N", help="to draw (default: 100)")
-    out.add_argument("--steps", type=report.at_least(1), default=30, help="of the sampler (default: 30)")
+    figures.add_common_arguments(out)
+    out.add_argument("--limit", type=figures.at_least(1), metavar="N", help="reconstruct at most N images")
+    out.add_argument("--captions", type=figures.at_least(0), default=100, metavar="N", help="to draw (default: 100)")
+    out.add_argument("--steps", type=figures.at_least(1), default=30, help="of the sampler (default: 30)")
     return out
 
 
@@ -342,15 +343,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     keys = list(told["davae"])
     counted = f"{measured['images']} images"
     rows = [(title, *(f"{told[name][key]:.4f}" for key in keys)) for name, title in METHODS.items()]
-    print(f"\n{report.table((counted, *keys), rows)}\n")
-    print(report.bounds_table([report.bound_from_json(bound) for bound in measured["bounds"]]))
+    print(f"\n{figures.table((counted, *keys), rows)}\n")
+    print(figures.bounds_table([figures.bound_from_json(bound) for bound in measured["bounds"]]))
     for line in measured["not_measured"]:
         print(f"\nNot measured: {line}")
     print(f"\n{measured['seconds']:.0f} s")
     if args.json is not None:
-        report.write_json(args.json, measured)
+        figures.write_json(args.json, measured)
     return measured
 
 
 if __name__ == "__main__":
-    report.run(main)
+    command.run(main)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from .. import atomic, images
 from ..errors import DAVAEError
-from . import images
 
 PICTURE = Path(__file__).with_name("tiny_references.png")
 DESCRIPTION = PICTURE.with_suffix(".json")
@@ -107,4 +107,4 @@ def save_references(references: References, picture: Path = PICTURE, columns: in
         "held_out": [references.captions[i] for i in references.held_out_indices],
     }
     images.save_image(picture, images.mosaic(references.images, columns))
-    images.write_whole(picture.with_suffix(".json"), (json.dumps(told, indent=1) + "\n").encode())
+    atomic.write(picture.with_suffix(".json"), (json.dumps(told, indent=1) + "\n").encode())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 MODEL = "davae_tiny_sd35.safetensors"
 TEXT_ENCODER = "davae_tiny_text_encoder.safetensors"
+BASE_AUTOENCODER = "base_autoencoder.safetensors"
 AUTOENCODER = "davae_tiny_autoencoder.safetensors"
 ADAPTER = "davae_tiny_adapter.safetensors"
 

@@ -1,4 +1,5 @@
-"""Training: the autoencoder (stage 1), the adapter (stage 2), and what the tiny models need besides.
+"""Training: ``python -m davae_core.training STAGE RECIPE``. Needs this package's extra ``train``."""
 
-Everything here needs the ``train`` extra of this package; nothing that runs in the graph imports it.
-"""
+from pathlib import Path
+
+__path__.append(str(Path(__file__).with_name("moved")))  # old spellings say what to type now

@@ -16,7 +16,7 @@ from benchmarks.setup import Setup
 from benchmarks.sides import COMFY, CORE, Side
 from benchmarks.svg import Chart, Line, render
 from davae_core.errors import DAVAEError
-from davae_core.evaluation.report import write_json
+from davae_core.evaluation.figures import write_json
 
 SD35 = Setup()
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from davae_core.training import shards, text
-from davae_core.training.embeddings import Embeddings, context_of, load_embeddings
-from davae_core.training.text_encoders import TextEncoders, load_clip, load_t5
-from davae_core.training.tokens import Tokenizers, as_prompt
+from davae_core.training.data import records
+from davae_core.training.text import encode
+from davae_core.training.text.embeddings import Embeddings, context_of, load_embeddings
+from davae_core.training.text.encoders import TextEncoders, load_clip, load_t5
+from davae_core.training.text.tokens import Tokenizers, as_prompt
 from harness import sd35
 from harness.graph import Graph
 from harness.headless import HeadlessComfy
@@ -153,14 +154,14 @@ def test_the_command_writes_what_comfyui_says_and_adds_what_is_missing(
     out = tmp_path / "embeddings"
     command = f"--images {tmp_path} --out {out} --tokenizers {comfyui.root} --batch 2 --shard 2".split()
     command += [f"--{role.replace('xxl', '').replace('_', '-')}={both.folder / name}" for role, name in FILES.items()]
-    assert text.main(command) == 0
+    assert encode.main(command) == 0
     embeddings: Embeddings = load_embeddings(out)
     for caption in ("", "a cat (grey)", CAPTIONS["long"]):
         context, pooled, _ = embeddings([caption])
         expected, expected_pooled = conditioning(as_prompt(caption))
         torch.testing.assert_close(context, expected, atol=1e-3, rtol=1e-3)  # stored in fp16
         torch.testing.assert_close(pooled, expected_pooled, atol=1e-3, rtol=1e-3)
-    index = (out / shards.INDEX).read_text()
+    index = (out / records.INDEX).read_text()
     (out / "shard_000000.safetensors").unlink()
-    assert text.main(command) == 0
-    assert (out / shards.INDEX).read_text() == index  # it holds the checksums
+    assert encode.main(command) == 0
+    assert (out / records.INDEX).read_text() == index  # it holds the checksums

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from davae_core import checkpoints, tiny
-from davae_core.evaluation.generate import Sampling
+from davae_core.sampling import Sampling
 from harness import workflow
 from harness.demo import FOLDER, WORKFLOWS
 from harness.headless import HeadlessComfy

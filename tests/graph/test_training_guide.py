@@ -31,10 +31,10 @@ GUIDE = REPOSITORY / "docs" / "TRAINING.md"
 STEPS = "--data.size {size} --data.workers 0 --run.steps 2 --run.batch 2 --run.micro-batch 1 --run.precision fp32"
 ADAPTER = f"{STEPS} --frozen fp32 --rank 4 --recommended.steps 2"
 SMALL = {  # what is added to each command, by its module and recipe
-    "davae_core.training.autoencoder sd3_vae_f16": STEPS.format(size=64),
-    "davae_core.training.adapter sd35m_1024": ADAPTER.format(size=64),
-    "davae_core.training.adapter sd35m_2048": ADAPTER.format(size=128),
-    "davae_core.training.latents_cache": "--data.size 64",
+    "davae_core.training autoencoder sd3_vae_f16": STEPS.format(size=64),
+    "davae_core.training adapter sd35m_1024": ADAPTER.format(size=64),
+    "davae_core.training adapter sd35m_2048": ADAPTER.format(size=128),
+    "davae_core.training latents": "--data.size 64",
 }
 PYTHON = f"""#!{sys.executable}
 import os, sys
@@ -52,7 +52,7 @@ at = sys.argv.index("-m")
 before, module, after = sys.argv[2:at], sys.argv[at + 1], sys.argv[at + 2:]
 before += "--num_machines 1 --num_processes 2 --main_process_ip 127.0.0.1".split()
 before += ["--main_process_port", os.environ["FREE_PORT"]]
-after += small[module + " " + after[0]].split()
+after += small[" ".join([module, *after[:2]])].split()
 os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", *before, "-m", module, *after])
 """
 PIP = f"""#!{sys.executable}

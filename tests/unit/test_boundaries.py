@@ -12,7 +12,7 @@ COMFY = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_extras", "comfy_executi
 REPOSITORY = {"harness", "tests", "dev", "custom_nodes"}
 PICKLE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 # A published metric, and the authors' release: both come pickled and not otherwise.
-READS_WEIGHTS = {"davae_core.evaluation.perceptual", "davae_core.checkpoints.pickled"}
+READS_WEIGHTS = {"davae_core.perceptual", "davae_core.checkpoints.pickled"}
 
 
 def loads_weights_only(call: ast.Call) -> bool:
@@ -62,6 +62,53 @@ def test_nothing_but_training_imports_training(sources: dict[str, ast.Module]) -
         if not module.startswith("davae_core.training"):
             for name in imports(module, tree):
                 assert not name.startswith("davae_core.training"), f"{module} imports {name}"
+
+
+FLOORS = ("recipes", "tasks", "objective pretrained places", "run", "text", "data", "")  # of training, from the top
+
+
+def floor(module: str) -> int:
+    """Where a module of davae_core stands: modules import from their own floor and those below."""
+    if not module.startswith("davae_core.training."):
+        return len(FLOORS) - 1
+    room = module.split(".")[2]
+    return next((i for i, rooms in enumerate(FLOORS) if room in rooms.split()), -1)  # entry points stand above all
+
+
+def test_training_imports_downwards_alone(sources: dict[str, ast.Module]) -> None:
+    modules = [name for name in sources if name.startswith("davae_core.training.")]
+    assert len(modules) > 40 and {floor(name) for name in modules} == set(range(-1, len(FLOORS) - 1))
+    for module in modules:
+        for name in imports(module, sources[module]):
+            if name.startswith("davae_core."):
+                assert floor(name) >= floor(module), f"{module} imports {name}"
+
+
+def test_no_task_imports_another_and_only_entry_points_import_recipes(sources: dict[str, ast.Module]) -> None:
+    stages = {"autoencoder", "adapter", "base_autoencoder", "base_dit"}
+    for module, tree in sources.items():
+        parts = module.split(".")
+        for name in imports(module, tree):
+            if parts[1:3] == ["training", "tasks"] and name.startswith("davae_core.training.tasks."):
+                assert name.split(".")[3] not in stages - {parts[3]}, f"{module} imports {name}"
+            if name.startswith("davae_core.training.recipes") and parts[2:3] != ["recipes"]:
+                assert module == "davae_core.training.stages", f"{module} imports {name}"
+
+
+def test_no_circle_of_imports(sources: dict[str, ast.Module]) -> None:
+    known = {name.removesuffix(".__init__") for name in sources}
+    graph: dict[str, set[str]] = {}
+    for module, tree in sources.items():
+        found = {name if name in known else name.rpartition(".")[0] for name in imports(module, tree)}
+        graph[module.removesuffix(".__init__")] = found & known - {module.removesuffix(".__init__")}
+    while leaves := {name for name, needs in graph.items() if not needs & graph.keys()}:
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+    assert not graph, f"circles among {sorted(graph)}"
+
+
+def test_no_file_of_the_core_is_longer_than_360_lines(root: Path) -> None:
+    lengths = {path: len(path.read_text("utf-8").splitlines()) for path in (root / "davae_core").rglob("*.py")}
+    assert not {str(path.relative_to(root)): length for path, length in lengths.items() if length > 360}
 
 
 def test_nothing_in_the_registrys_package_imports_what_is_left_out_of_it(root: Path) -> None:

@@ -1,7 +1,6 @@
 """All recipes by the name they have on a command line: name to (one line about it, recipe)."""
 
-from ..tiny import recipes as tiny
-from . import imagenet, sd3_vae, sd35m
+from . import imagenet, sd3_vae, sd35m, tiny
 
 BASE_AUTOENCODER = tiny.BASE_AUTOENCODER
 BASE_DIT = tiny.BASE_DIT

@@ -1,6 +1,6 @@
 """The paper's ImageNet tokenizer: f32, 32 + 96 channels, on VA-VAE.
 
-    python -m davae_core.training.autoencoder imagenet_f32c128 --base vavae.safetensors --data.images imagenet/train
+    python -m davae_core.training autoencoder imagenet_f32c128 --base vavae.safetensors --data.images imagenet/train
 
 Source: arXiv 2603.22125 and the configuration and code of the authors' release (github.com/caixin98/DA-VAE,
 ``lightningdit/davae``). Where this differs from them, a comment says so.
@@ -8,11 +8,11 @@ Source: arXiv 2603.22125 and the configuration and code of the authors' release 
 
 from pathlib import Path
 
-from ..autoencoder import AlignmentConfig, AutoencoderRecipe
-from ..config import OptimiserConfig, RunConfig
-from ..critic import CriticConfig
-from ..data import DataConfig
-from ..losses import ReconstructionConfig
+from ..data.dataset import DataConfig
+from ..objective import ReconstructionConfig
+from ..run.config import OptimiserConfig, RunConfig
+from ..tasks.autoencoder import AlignmentConfig, AutoencoderRecipe
+from ..tasks.critic import CriticConfig
 
 SIZE, SCALE = 512, 2  # VA-VAE encodes the 256 px image, as it was trained to
 BASE_CHANNELS, DETAIL_CHANNELS = 32, 96  # r = 3

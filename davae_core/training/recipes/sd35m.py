@@ -10,10 +10,10 @@ from pathlib import Path
 import tyro
 
 from ...adapter import PAPER_TARGETS, Recommended
-from ..adapter import AdapterRecipe
-from ..base_dit import FlowConfig
-from ..config import OptimiserConfig, RunConfig
-from ..data import DataConfig
+from ..data.dataset import DataConfig
+from ..objective import FlowConfig
+from ..run.config import OptimiserConfig, RunConfig
+from ..tasks.adapter import AdapterRecipe
 
 SD35M_1024 = AdapterRecipe(
     # They: images made by FLUX from the prompts of t2i-prompts-3m, so every image has a true caption. No mirroring,
@@ -22,7 +22,7 @@ SD35M_1024 = AdapterRecipe(
     run=RunConfig(
         Path("output/sd35m_1024"),
         # They publish 5 H100-days and no steps: 120,000 of 96 images are that at 40 % of an H100's arithmetic
-        # (python -m davae_core.training.plan).
+        # (python -m davae_core.training plan).
         steps=120_000,
         # Published for 2048 px alone.
         batch=96,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import tyro
 
-from ..autoencoder import AlignmentConfig, AutoencoderRecipe
-from ..config import OptimiserConfig, RunConfig
-from ..critic import CriticConfig
-from ..data import DataConfig
-from ..losses import ReconstructionConfig
+from ..data.dataset import DataConfig
+from ..objective import ReconstructionConfig
+from ..run.config import OptimiserConfig, RunConfig
+from ..tasks.autoencoder import AlignmentConfig, AutoencoderRecipe
+from ..tasks.critic import CriticConfig
 
 SD3_VAE_F16 = AutoencoderRecipe(
     # They: 100,000 images of SAM. Any large photographs do; no captions are needed.

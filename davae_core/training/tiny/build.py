@@ -3,32 +3,31 @@
     python -m davae_core.training.tiny.build --size tiny
 
 Every stage saves its state every few minutes; the same command goes on where it was interrupted, and leaves out what
-is finished. A stage can also be run alone, by its own script.
+is finished. Each can also be run alone.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
-from ... import tiny
+from ... import command, tiny
 from ...evaluation.references import PICTURE, save_references
-from .. import adapter, autoencoder, base_autoencoder, base_dit, loop, script
-from . import data, install, recipes, references
+from .. import stages
+from ..places import SIZES, folder
+from ..run.loop import FINISHED
+from . import data, install, references
 from .captions import load_captions
 
-Stage = Callable[[list[str]], int]
-
-# By folder: the script, what follows the size in the recipe's name, and the file that is written last.
-TRAININGS: dict[str, tuple[Stage, str, str]] = {
-    "base_autoencoder": (base_autoencoder.main, "", base_autoencoder.FILE),
-    "base_dit": (base_dit.main, "", tiny.TEXT_ENCODER),
-    "autoencoder": (autoencoder.main, "", tiny.AUTOENCODER),
-    "autoencoder_finish": (autoencoder.main, "-finish", tiny.AUTOENCODER),
-    "autoencoder_sharpen": (autoencoder.main, "-sharpen", tiny.AUTOENCODER),
-    "adapter": (adapter.main, "", tiny.ADAPTER),
+# By folder: the stage, what follows the size in the recipe's name, and the file that is written last.
+TRAININGS = {
+    "base_autoencoder": ("base_autoencoder", "", tiny.BASE_AUTOENCODER),
+    "base_dit": ("base_dit", "", tiny.TEXT_ENCODER),
+    "autoencoder": ("autoencoder", "", tiny.AUTOENCODER),
+    "autoencoder_finish": ("autoencoder", "-finish", tiny.AUTOENCODER),
+    "autoencoder_sharpen": ("autoencoder", "-sharpen", tiny.AUTOENCODER),
+    "adapter": ("adapter", "", tiny.ADAPTER),
 }
 
 
@@ -44,21 +43,21 @@ class BuildConfig:
 
 def build(config: BuildConfig) -> int:
     """Run what is not finished; returns the exit code of the first stage that does not finish."""
-    images = recipes.folder(config.size, "data")
-    data.prepare(data.DataConfig(out=images, size=recipes.SIZES[config.size]), load_captions(), data.ARCHIVES)
-    for name, (train, suffix, last_file) in TRAININGS.items():
-        if (recipes.folder(config.size, name) / last_file).is_file():
+    images = folder(config.size, "data")
+    data.prepare(data.DataConfig(out=images, size=SIZES[config.size]), load_captions(), data.ARCHIVES)
+    for name, (stage, suffix, last_file) in TRAININGS.items():
+        if (folder(config.size, name) / last_file).is_file():
             print(f"{name}: finished before", flush=True)
             continue
         start = time.perf_counter()
-        code = train([config.size + suffix, "--run.resume"])
-        print(f"{name}: {'done' if code == loop.FINISHED else 'stopped'} after {clock(start)}", flush=True)
-        if code != loop.FINISHED:
+        code = stages.run(stage, [config.size + suffix, "--run.resume"])
+        print(f"{name}: {'done' if code == FINISHED else 'stopped'} after {clock(start)}", flush=True)
+        if code != FINISHED:
             return code
     if config.install:
         install.install(install.InstallConfig(config.size))
         save_references(references.build(images, load_captions()), PICTURE)
-    return loop.FINISHED
+    return FINISHED
 
 
 def clock(start: float) -> str:
@@ -73,4 +72,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    script.main(main)
+    command.run(main)

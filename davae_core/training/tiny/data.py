@@ -10,7 +10,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ import resvg_py
 import tyro
 from PIL import Image
 
+from ... import atomic
 from ...errors import DAVAEError
 from .captions import Captions, load_captions
 
@@ -226,13 +226,6 @@ def read_icons(path: Path) -> dict[str, Draw]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either whole or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
-
-
 def plan_images(captions: Captions, others: list[str]) -> list[tuple[str, str, str]]:
     """List (part, style, name) of every image; `others` are names outside the captions."""
     return [
@@ -295,7 +288,7 @@ def prepare(config: DataConfig, captions: Captions, archives: Mapping[str, Archi
 
     images = plan_images(captions, [name for name in names if name in drawn and name not in captions.names])
     config.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(config.out / "manifest.json.unfinished", json.dumps(expected, indent=1).encode())
+    atomic.write(config.out / "manifest.json.unfinished", json.dumps(expected, indent=1).encode())
     counts = dict.fromkeys(PARTS, 0)
     for done, (part, style, name) in enumerate(images, 1):
         file = config.out / part / style / f"{name.replace(' ', '-')}.png"
@@ -304,13 +297,13 @@ def prepare(config: DataConfig, captions: Captions, archives: Mapping[str, Archi
             file.parent.mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
             draw[style][names[name]](config.size).save(buffer, "png")
-            write_atomic(file.with_suffix(".txt"), f"{style} {name}".encode())
-            write_atomic(file, buffer.getvalue())
+            atomic.write(file.with_suffix(".txt"), f"{style} {name}".encode())
+            atomic.write(file, buffer.getvalue())
         if done % 500 == 0 or done == len(images):
             print(f"{done} of {len(images)} images, {time.monotonic() - start:.0f} s", flush=True)
     sha256 = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()}
     manifest = {**expected, "sha256": sha256, "counts": counts}
-    write_atomic(config.out / "manifest.json", json.dumps(manifest, indent=1).encode())
+    atomic.write(config.out / "manifest.json", json.dumps(manifest, indent=1).encode())
     (config.out / "manifest.json.unfinished").unlink()
     return counts
 

@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from ... import checkpoints, tiny
+from ... import checkpoints, command, images, tiny
 from ...checkpoints import files
 from ...davae import DAVAE
 from ...errors import DAVAEError
-from ...evaluation import images
 from ...preview import fit_preview
-from .. import script
-from . import recipes
+from ..places import folder
+from ..stages import STAGES
 
 AUTHOR = "DA-VAE node pack"
 LICENCE = "Apache-2.0; trained on Fluent Emoji (MIT), Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0)"
@@ -42,13 +41,13 @@ def install(config: InstallConfig) -> list[Path]:
     Raises:
         CheckpointError: a stage of this size has not finished.
     """
-    stage = {name: recipes.folder(config.size, name) for name in ("base_dit", "autoencoder_sharpen", "adapter")}
+    stage = {name: folder(config.size, name) for name in ("base_dit", "autoencoder_sharpen", "adapter")}
     state, _ = files.read(stage["base_dit"] / tiny.MODEL)
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
     davae = checkpoints.load_autoencoder(stage["autoencoder_sharpen"] / tiny.AUTOENCODER, torch.float32)
     adapter = checkpoints.load_adapter(stage["adapter"] / tiny.ADAPTER)
-    told = recipes.adapter_recipe(config.size).recommended  # chosen by what the trained family draws
-    preview = preview_of(davae, recipes.folder(config.size, "data") / "train")
+    told = STAGES["adapter"].recipes[config.size][1].recommended  # chosen by what the trained family draws
+    preview = preview_of(davae, folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))
     latent = replace(adapter.config.latent, preview=preview)
     half = replace(
@@ -100,4 +99,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    script.main(main)
+    command.run(main)

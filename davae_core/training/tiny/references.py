@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+from ... import images
 from ...errors import DAVAEError
-from ...evaluation import images
 from ...evaluation.references import PICTURE, References, save_references
 from .captions import Captions, load_captions
 from .data import ARCHIVES

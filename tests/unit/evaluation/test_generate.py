@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from davae_core import checkpoints, tiny
+from davae_core import checkpoints, sampling, tiny
 from davae_core.adapter import Adapter, Recommended, merge
 from davae_core.checkpoints import files
 from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.evaluation import generate
 from davae_core.evaluation.family import FILES, Family, find_files, hashes, load_family
-from davae_core.evaluation.generate import Prompt, Sampling
+from davae_core.evaluation.generate import Prompt
+from davae_core.sampling import Sampling
 from davae_core.text_encoder import TextEncoder, TextEncoderConfig
 from harness.untrained import Family as Untrained
 
@@ -100,9 +101,9 @@ def test_files_that_do_not_belong_together_are_refused(flat_folder: Path, untrai
 
 
 def test_noise_depends_on_seed_and_index_and_not_on_the_batch() -> None:
-    noise = generate.initial_noise(0, [5, 6, 7], (4, 2, 2))
-    assert torch.equal(generate.initial_noise(0, [7, 5], (4, 2, 2)), noise[[2, 0]])
-    others = torch.cat([noise, generate.initial_noise(1, [5, 6, 7], (4, 2, 2))]).flatten(1)
+    noise = sampling.initial_noise(0, [5, 6, 7], (4, 2, 2))
+    assert torch.equal(sampling.initial_noise(0, [7, 5], (4, 2, 2)), noise[[2, 0]])
+    others = torch.cat([noise, sampling.initial_noise(1, [5, 6, 7], (4, 2, 2))]).flatten(1)
     assert torch.cdist(others, others).fill_diagonal_(9).min() > 0.1
 
 
@@ -138,14 +139,14 @@ def test_with_the_adapter_of_step_zero_the_base_channels_are_the_base_models(
 
 
 def test_sampling_is_guided_euler_over_shifted_times(family: Family) -> None:
-    noise = generate.initial_noise(0, [0], (16, 4, 4))
-    asked, empty = (generate.encode_captions(family.text, [text]) for text in ("3d peach", ""))
+    noise = sampling.initial_noise(0, [0], (16, 4, 4))
+    asked, empty = (sampling.encode_captions(family.text, [text]) for text in ("3d peach", ""))
     x = noise
     for now, after in ((1.0, 0.75), (0.75, 0.0)):  # t = 1/2 shifted by 3 is 3/4
         t = torch.tensor([now])
         positive, negative = (family.base(x, t, *text) for text in (asked, empty))
         x = x + (after - now) * (negative + 2.5 * (positive - negative))
-    made = generate.sample(family.base, family.text, ["3d peach"], noise, Sampling(shift=3.0, cfg=2.5, steps=2))
+    made = sampling.sample(family.base, family.text, ["3d peach"], noise, Sampling(shift=3.0, cfg=2.5, steps=2))
     assert torch.allclose(made, x, atol=1e-5)
 
 

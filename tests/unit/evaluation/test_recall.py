@@ -1,6 +1,7 @@
 """Recall: which reference is nearest, what is counted, and what is written."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from davae_core import tiny
+from davae_core import command, tiny
 from davae_core.errors import DAVAEError
-from davae_core.evaluation import recall, report
+from davae_core.evaluation import figures, recall
+from davae_core.evaluation.figures import Bound
 from davae_core.evaluation.recall import Verdict
 from davae_core.evaluation.references import References
-from davae_core.evaluation.report import Bound
 
 CAPTIONS = ("3d peach", "3d red heart", "flat peach", "flat red heart", "noto peach", "noto red heart")
 
@@ -109,7 +110,7 @@ def test_bounds_are_kept_at_the_limit_and_broken_below_it() -> None:
     assert Bound("", 2.0, at_least=0.5, at_most=2.0).passed and not Bound("", 2.01, at_least=0.5, at_most=2.0).passed
     assert Bound("", -1e-9, below=0.0).passed and not Bound("", 0.0, below=0.0).passed
     assert not Bound("", float("nan"), at_least=0.0).passed
-    assert report.bound_from_json(Bound("a", 1.0, at_most=2.0).to_json()) == Bound("a", 1.0, at_most=2.0)
+    assert figures.bound_from_json(Bound("a", 1.0, at_most=2.0).to_json()) == Bound("a", 1.0, at_most=2.0)
 
 
 def test_each_model_has_the_four_bounds_of_the_parts_that_were_drawn(few: Callable[..., References]) -> None:
@@ -173,8 +174,9 @@ def test_nothing_drawn_of_a_part_makes_no_figures_and_no_bounds(folder: Path, tm
 
 
 def test_missing_weights_end_the_command_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=rf"error: {tiny.MODEL}, .* are not in .*--folder"):
-        report.run(lambda: recall.main(["--folder", str(tmp_path)]))
+    with pytest.raises(SystemExit, match="2"):
+        command.run(lambda: recall.main(["--folder", str(tmp_path)]))
+    assert re.search(rf"error: {tiny.MODEL}, .* are not in .*--folder", capsys.readouterr().err)
     with pytest.raises(SystemExit) as ended:
         recall.main(["--every", "0"])
     assert ended.value.code == 2 and "at least 1, got '0'" in capsys.readouterr().err
@@ -182,4 +184,4 @@ def test_missing_weights_end_the_command_with_a_message(tmp_path: Path, capsys: 
 
 def test_a_device_that_is_not_there_is_named() -> None:
     with pytest.raises(DAVAEError, match="cannot compute on the device 'abacus'"):
-        report.device("abacus")
+        figures.device("abacus")

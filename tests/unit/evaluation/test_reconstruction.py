@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from davae_core import tiny
+from davae_core import command, images, tiny
 from davae_core.davae import DAVAE
 from davae_core.errors import DAVAEError
-from davae_core.evaluation import images, reconstruction, report
+from davae_core.evaluation import reconstruction
 from davae_core.evaluation.family import Family
+from davae_core.evaluation.figures import Bound
 from davae_core.evaluation.metrics import psnr, resize_bicubic
 from davae_core.evaluation.reconstruction import METHODS, Generated
 from davae_core.evaluation.references import References
-from davae_core.evaluation.report import Bound
 
 Make = Callable[..., torch.Tensor]
 
@@ -126,7 +127,8 @@ def test_the_base_survives_where_it_shows_the_davae_output_made_smaller(family: 
 
 def test_the_base_channels_of_the_same_latents_are_what_is_decoded(family: Family, references: References) -> None:
     from davae_core.evaluation import generate
-    from davae_core.evaluation.generate import Prompt, Sampling
+    from davae_core.evaluation.generate import Prompt
+    from davae_core.sampling import Sampling
 
     prompts = [Prompt(i, references.captions[i]) for i in (0, 1, 2)]
     adapted, base = Sampling(2.0, 2.0, 1), Sampling(steps=1)
@@ -213,14 +215,18 @@ def test_the_same_seed_gives_the_same_figures(folder: Path, prepared: Path) -> N
     assert first == again and first != other
 
 
-def test_empty_folders_and_missing_weights_end_the_command_with_a_message(folder: Path, tmp_path: Path) -> None:
+def test_empty_folders_and_missing_weights_end_the_command_with_a_message(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     for options, message in (
         (["--images", str(tmp_path / "empty"), "--folder", str(folder)], "holds no images"),
         (["--images", str(tmp_path / "nowhere"), "--folder", str(folder)], "is not a folder"),
     ):
-        with pytest.raises(SystemExit, match=f"error: .*{message}"):
-            report.run(lambda options=options: reconstruction.main(options))
+        with pytest.raises(SystemExit, match="2"):
+            command.run(lambda options=options: reconstruction.main(options))
+        assert re.search(f"error: .*{message}", capsys.readouterr().err)
     write(tmp_path, "a.png", torch.zeros(3, 32, 32))
-    with pytest.raises(SystemExit, match=f"error: {tiny.AUTOENCODER} is not in"):
-        report.run(lambda: reconstruction.main(["--images", str(tmp_path), "--folder", str(tmp_path / "empty")]))
+    with pytest.raises(SystemExit, match="2"):
+        command.run(lambda: reconstruction.main(["--images", str(tmp_path), "--folder", str(tmp_path / "empty")]))
+    assert f"error: {tiny.AUTOENCODER} is not in" in capsys.readouterr().err

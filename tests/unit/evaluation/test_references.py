@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from davae_core import images
 from davae_core.errors import DAVAEError
-from davae_core.evaluation import images
 from davae_core.evaluation.references import (
     DESCRIPTION,
     PICTURE,

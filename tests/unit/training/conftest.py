@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from davae_core import tiny
 from davae_core.checkpoints import files
-from davae_core.training import adapter, autoencoder, base_autoencoder, base_dit, script, state
+from davae_core.training import stages as entry
+from davae_core.training.run import launch, state
 
-MAINS = {
-    "base_autoencoder": base_autoencoder.main,
-    "base_dit": base_dit.main,
-    "autoencoder": autoencoder.main,
-    "adapter": adapter.main,
-}
+MAINS = {stage: partial(entry.run, stage) for stage in ("base_autoencoder", "base_dit", "autoencoder", "adapter")}
 Curves = dict[str, dict[int, float]]
 SIZES = {"base_autoencoder": 16, "base_dit": 16, "autoencoder": 32, "adapter": 32}
 EXPORTS = {
-    "base_autoencoder": [base_autoencoder.FILE],
+    "base_autoencoder": [tiny.BASE_AUTOENCODER],
     "base_dit": [tiny.MODEL, tiny.TEXT_ENCODER],
     "autoencoder": [tiny.AUTOENCODER],
     "adapter": [tiny.ADAPTER],
@@ -56,7 +53,7 @@ def with_gradients(repeatable: None) -> Iterator[None]:
 def short_survey() -> Iterator[None]:
     """Statistics of 32 images instead of 1024, which would take longer than all steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "SURVEY_STEPS", 2)
+        patch.setattr(launch, "SURVEY_STEPS", 2)
         yield
 
 

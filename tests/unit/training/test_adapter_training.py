@@ -11,11 +11,11 @@ from davae_core import checkpoints, flow
 from davae_core.adapter import LORA_MODULES, WIDENED, Recommended, merge
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig
-from davae_core.training import state
-from davae_core.training.adapter import AdaptedModel
-from davae_core.training.base_dit import FlowConfig, noised
-from davae_core.training.captions import thinned, vocabulary
-from davae_core.training.draws import Draws
+from davae_core.training.data.draws import Draws
+from davae_core.training.objective import FlowConfig, noised
+from davae_core.training.run import state
+from davae_core.training.tasks.adapter import AdaptedModel
+from davae_core.training.text.captions import thinned, vocabulary
 
 ALL = tuple(LORA_MODULES)
 SPEC = LatentSpec()

@@ -13,11 +13,17 @@ from davae_core.autoencoder import Autoencoder
 from davae_core.checkpoints import files
 from davae_core.davae import DAVAE
 from davae_core.errors import CheckpointError, DAVAEError
-from davae_core.training import autoencoder, data, recipes, script
-from davae_core.training.base_autoencoder import base_of_file, load, scaled
-from davae_core.training.config import from_command_line
-from davae_core.training.losses import start_certain
+from davae_core.training import recipes
+from davae_core.training import stages as entry
+from davae_core.training.data import dataset
+from davae_core.training.objective import start_certain
+from davae_core.training.pretrained import base_of_file
+from davae_core.training.pretrained import base_vae as load
 from davae_core.training.recipes.imagenet import IMAGENET_F32C128
+from davae_core.training.run import launch
+from davae_core.training.run.config import from_command_line
+from davae_core.training.tasks import autoencoder
+from davae_core.training.tasks.base_autoencoder import scaled
 from harness.layouts import DETAIL, LAYOUTS, random_vae
 
 CASES = [(layout, scale) for layout in LAYOUTS for scale in (2, 4)]
@@ -45,14 +51,14 @@ Train = Callable[..., Path]
 @pytest.fixture
 def train(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """``train(recipe, base, steps, *options, size=SIZE)``: a DA-VAE file."""
-    monkeypatch.setattr(script, "SURVEY_STEPS", 1)
-    monkeypatch.setattr(script, "SURVEY_BATCH", 4)
+    monkeypatch.setattr(launch, "SURVEY_STEPS", 1)
+    monkeypatch.setattr(launch, "SURVEY_BATCH", 4)
 
     def run(recipe: str, base: Path, steps: int, *options: str, size: int = SIZE) -> Path:
         out = tmp_path / "out"
         command = f"{recipe} --data.images {images} --data.size {size} --data.workers 0 --run.out {out} --base {base} "
         command += f"--run.steps {steps} --run.batch 2 --run.sample-every 0 --optimiser.warmup 0 --losses.perceptual 0"
-        assert autoencoder.main([*command.split(), *options]) == 0
+        assert entry.run("autoencoder", [*command.split(), *options]) == 0
         return out / recipes.AUTOENCODER[recipe][1].file
 
     return run
@@ -91,8 +97,8 @@ def test_two_steps_on_each_base(train: Train, images: Path, tmp_path: Path, layo
 def assert_measured(model: DAVAE, folder: Path) -> None:
     """The units are those in which the training images' base latents have mean 0 and standard deviation 1."""
     factor = model.latent.factor
-    recipe = data.DataConfig((str(folder),), size=max(SIZE, factor), workers=0)
-    loader = data.loader(recipe, batch=4, seed=0, multiple=factor, steps=1)
+    recipe = dataset.DataConfig((str(folder),), size=max(SIZE, factor), workers=0)
+    loader = dataset.loader(recipe, batch=4, seed=0, multiple=factor, steps=1)
     z = torch.cat([model.latent.normalise_base(model.encode_base(batch["image"])) for batch in loader])
     assert z.mean(dim=(0, 2, 3)).abs().max() <= 1e-3
     assert (z.std(dim=(0, 2, 3), correction=0) - 1).abs().max() <= 1e-3

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from davae_core.errors import DAVAEError
-from davae_core.training.batches import BatchPlan, sample_seed
+from davae_core.training.data.batches import BatchPlan, sample_seed
 
 
 def plans(count: int) -> list[BatchPlan]:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from davae_core.errors import DAVAEError
-from davae_core.training import config
-from davae_core.training.config import OptimiserConfig, RunConfig
-from davae_core.training.data import DataConfig
-from davae_core.training.tiny import recipes
+from davae_core.training.data.dataset import DataConfig
+from davae_core.training.recipes import tiny as recipes
+from davae_core.training.run import config
+from davae_core.training.run.config import OptimiserConfig, RunConfig
 
 ALL = [
     recipe

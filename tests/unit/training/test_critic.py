@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from davae_core.training.autoencoder import AutoencoderTask
-from davae_core.training.config import from_command_line
-from davae_core.training.critic import CriticPhase, PatchCritic
-from davae_core.training.tiny.recipes import AUTOENCODER
+from davae_core.training.recipes.tiny import AUTOENCODER
+from davae_core.training.run.config import from_command_line
+from davae_core.training.tasks.autoencoder import AutoencoderTask
+from davae_core.training.tasks.critic import CriticPhase, PatchCritic
 
 CRITIC = {"weight": "0.5", "start": "2", "width": "8", "layers": "2"}
 OPTIONS = ["--alignment.weight", "0", *(part for name in CRITIC for part in (f"--critic.{name}", CRITIC[name]))]

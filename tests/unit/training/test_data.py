@@ -16,9 +16,9 @@ import tyro
 from PIL import Image
 
 from davae_core.errors import DAVAEError
-from davae_core.training.batches import Draw
-from davae_core.training.data import DataConfig, ImageData, cover, loader, nearest_shape, shapes
-from davae_core.training.sources import index
+from davae_core.training.data.batches import Draw
+from davae_core.training.data.dataset import DataConfig, ImageData, cover, loader, nearest_shape, shapes
+from davae_core.training.data.sources import index
 
 Batch = dict[str, Any]
 

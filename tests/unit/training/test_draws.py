@@ -2,7 +2,7 @@
 
 import torch
 
-from davae_core.training.draws import Draws
+from davae_core.training.data.draws import Draws
 
 LIKE = torch.empty(8, 2, 3)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from davae_core.training.ema import EMA
+from davae_core.training.run.ema import EMA
 
 
 def weights() -> dict[str, nn.Parameter]:

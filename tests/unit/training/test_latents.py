@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from davae_core.training.latents import LatentCache
+from davae_core.training.data.latents import LatentCache
 
 
 class Encoder:

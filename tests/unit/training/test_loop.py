@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from davae_core.errors import CheckpointError, DAVAEError
-from davae_core.training import loop, state
-from davae_core.training.config import OptimiserConfig, RunConfig
-from davae_core.training.task import Batch, Losses, Phase
+from davae_core.training.run import loop, state
+from davae_core.training.run.config import OptimiserConfig, RunConfig
+from davae_core.training.run.task import Batch, Losses, Phase
 
 Read = Callable[[Path], dict[str, dict[int, float]]]
 Trouble = Callable[[torch.Tensor], torch.Tensor]

@@ -9,8 +9,8 @@ from torch import nn
 from davae_core.adapter import LORA_MODULES, Adapter, merge, zero_adapter
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT
-from davae_core.training import lora
-from davae_core.training.lora import LoraLinear
+from davae_core.training.tasks import lora
+from davae_core.training.tasks.lora import LoraLinear
 
 ALL = tuple(LORA_MODULES)
 

@@ -6,29 +6,29 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from davae_core.training import losses
-from davae_core.training.losses import Reconstruction, ReconstructionConfig
+from davae_core.training import objective
+from davae_core.training.objective import Reconstruction, ReconstructionConfig
 
 
 def test_kl_is_that_of_gaussians_summed_over_the_latent_and_averaged_over_the_batch() -> None:
     moments = torch.randn(3, 8, 2, 2)
     mean, logvar = moments.chunk(2, dim=1)
     known = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(torch.zeros(()), torch.ones(())))
-    assert torch.allclose(losses.kl_divergence(moments), known.sum(dim=(1, 2, 3)).mean(), rtol=1e-5)
+    assert torch.allclose(objective.kl_divergence(moments), known.sum(dim=(1, 2, 3)).mean(), rtol=1e-5)
 
 
 def test_kl_of_a_standard_normal_is_zero_and_stays_finite_for_any_moments() -> None:
-    assert losses.kl_divergence(torch.zeros(2, 4, 1, 1)) == 0
+    assert objective.kl_divergence(torch.zeros(2, 4, 1, 1)) == 0
     for extreme in (-1e6, 1e6):
-        assert losses.kl_divergence(torch.tensor([0.0, extreme]).view(1, 2, 1, 1)).isfinite()
+        assert objective.kl_divergence(torch.tensor([0.0, extreme]).view(1, 2, 1, 1)).isfinite()
 
 
 def test_samples_have_the_moments_they_are_drawn_from() -> None:
     moments = torch.tensor([3.0, -1.0, 0.5, -2.0]).view(1, 4, 1, 1).expand(20_000, 4, 1, 1)
-    z = losses.sampled(moments, torch.randn(20_000, 2, 1, 1)).flatten(1)
+    z = objective.sampled(moments, torch.randn(20_000, 2, 1, 1)).flatten(1)
     assert torch.allclose(z.mean(dim=0), torch.tensor([3.0, -1.0]), atol=0.05)
     assert torch.allclose(z.var(dim=0).log(), torch.tensor([0.5, -2.0]), atol=0.05)
-    assert torch.equal(losses.sampled(moments, torch.zeros(1, 2, 1, 1)), moments[:, :2])
+    assert torch.equal(objective.sampled(moments, torch.zeros(1, 2, 1, 1)), moments[:, :2])
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
@@ -51,11 +51,11 @@ def test_a_new_encoder_that_starts_certain_has_a_spread_of_a_twentieth() -> None
     torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     x = torch.randn(2, 4, 3, 3)
     mean, logvar = layer(x).chunk(2, dim=1)
-    losses.start_certain(layer)
+    objective.start_certain(layer)
     now_mean, now_logvar = layer(x).chunk(2, dim=1)
     assert torch.equal(now_mean, mean)
     assert torch.allclose(now_logvar - logvar, torch.tensor(-6.0))
-    assert float(torch.tensor(losses.START_LOGVAR / 2).exp()) == pytest.approx(0.05, rel=0.01)
+    assert float(torch.tensor(objective.START_LOGVAR / 2).exp()) == pytest.approx(0.05, rel=0.01)
 
 
 def test_without_a_perceptual_weight_no_network_is_loaded() -> None:

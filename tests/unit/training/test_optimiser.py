@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from davae_core.errors import CheckpointError
-from davae_core.training import optimiser as opt
-from davae_core.training.config import OptimiserConfig
+from davae_core.training.run import optimiser as opt
+from davae_core.training.run.config import OptimiserConfig
 
 CONSTANT = OptimiserConfig(lr=0.5, warmup=10)
 COSINE = replace(CONSTANT, schedule="cosine")

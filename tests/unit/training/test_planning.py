@@ -19,10 +19,10 @@ from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.errors import DAVAEError
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig
-from davae_core.training import adapter, autoencoder, plan
-from davae_core.training.planning import dit, terms, vae
+from davae_core.training.planning import dit, plan, terms, vae
 from davae_core.training.planning.dit import Stage2
 from davae_core.training.planning.vae import Stage1
+from davae_core.training.tasks import adapter, autoencoder
 
 MODEL = MMDiTConfig(hidden=128, depth=3, grid=16, context=48, pooled=40, dual_attention=(0, 1))
 TOY = Stage2(MODEL, tokens=48, text=7, rank=4, bf16=False, recompute=False)
@@ -140,8 +140,9 @@ from davae_core.autoencoder import AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig
-from davae_core.training import adapter, autoencoder, ema, optimiser
-from davae_core.training.config import OptimiserConfig
+from davae_core.training.tasks import adapter, autoencoder
+from davae_core.training.run import ema, optimiser
+from davae_core.training.run.config import OptimiserConfig
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

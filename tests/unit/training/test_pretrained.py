@@ -14,7 +14,7 @@ from davae_core.checkpoints.names import from_native
 from davae_core.checkpoints.tensors import Tensors, in_memory
 from davae_core.errors import CheckpointError
 from davae_core.mmdit import MMDiT
-from davae_core.training import base_autoencoder, pretrained
+from davae_core.training import pretrained
 
 VAE = AutoencoderConfig(widths=(32, 32), blocks=1)
 
@@ -59,7 +59,7 @@ def test_the_vae_of_a_checkpoint_loads_and_nothing_else_is_read(
         return getitem(self, name)
 
     monkeypatch.setattr(Tensors, "__getitem__", noted)
-    assert base_autoencoder.load(checkpoint).config == VAE
+    assert pretrained.base_vae(checkpoint).config == VAE
     assert read and not any("diffusion_model" in name for name in read)
 
 
@@ -68,7 +68,7 @@ def test_the_vae_of_a_diffusers_folder_loads(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     theirs = from_native(in_memory(native), vae_rules(VAE))
     files.save(tmp_path / "vae/diffusion_pytorch_model.safetensors", dict(theirs), {})
-    found = base_autoencoder.load(tmp_path).state_dict()
+    found = pretrained.base_vae(tmp_path).state_dict()
     assert found.keys() == native.keys() and all(torch.equal(found[name], native[name]) for name in native)
 
 
@@ -76,4 +76,4 @@ def test_what_is_no_base_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a DA-VAE adapter; give an unadapted SD3"):
         pretrained.diffusion_model(tiny.FOLDERS["loras"] / tiny.ADAPTER)
     with pytest.raises(CheckpointError, match="holds no VAE that a DA-VAE can be made on"):
-        base_autoencoder.load(tiny.FOLDERS["loras"] / tiny.ADAPTER)
+        pretrained.base_vae(tiny.FOLDERS["loras"] / tiny.ADAPTER)

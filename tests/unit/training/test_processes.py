@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from davae_core.training import state
+from davae_core.training.run import state
 
 OPTIONS = {
     "base_autoencoder": "",
@@ -21,10 +21,12 @@ OPTIONS = {
     "adapter": "--flow.min-snr 5 --flow.prompt-dropout 0.3",
 }
 DRIVER = """
-import importlib, json, sys
+import json, sys
+
+from davae_core.training import stages
 
 for stage, command in json.loads(sys.argv[1]):
-    assert importlib.import_module(f"davae_core.training.{stage}").main(command) == 0
+    assert stages.run(stage, command) == 0
 """
 STEPS = 4
 # Adam follows the sign of its first gradients, so where one is near zero its last bits decide. Small steps keep apart
@@ -89,7 +91,7 @@ def test_two_processes_give_the_losses_of_one(stages: Any, two_processes: Path, 
 def test_ctrl_c_ends_both_processes_with_the_state_saved(stages: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = stages.command("adapter", out, 1_000_000, "--run.sample-every", "4", "--optimiser.schedule", "constant")
-    launched = launch("-m", "davae_core.training.adapter", *command)
+    launched = launch("-m", "davae_core.training", "adapter", *command)
     while not (out / "samples" / "step_0000004.png").exists():
         assert launched.poll() is None, launched.communicate()[1]
         time.sleep(0.02)

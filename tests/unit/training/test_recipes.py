@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from davae_core import checkpoints
+from davae_core import checkpoints, sampling
 from davae_core.errors import DAVAEError
-from davae_core.evaluation import generate
 from davae_core.latent import LatentSpec
-from davae_core.training import adapter, autoencoder, config, recipes, shards
-from davae_core.training.adapter import AdaptedModel
-from davae_core.training.embeddings import KIND, key_of
+from davae_core.training import recipes
+from davae_core.training import stages as entry
+from davae_core.training.data import records
 from davae_core.training.recipes.sd3_vae import SD3_VAE_F16
 from davae_core.training.recipes.sd35m import SD35M_1024, SD35M_2048
-from davae_core.training.text import captions_in
+from davae_core.training.run import config
+from davae_core.training.tasks import adapter
+from davae_core.training.tasks.adapter import AdaptedModel
+from davae_core.training.text.embeddings import KIND, key_of
+from davae_core.training.text.encode import captions_in
 
 
 def test_every_recipe_has_its_name_on_the_command_line() -> None:
@@ -44,18 +47,18 @@ def test_the_published_figures_of_stage_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("main", "name", "needed"),
+    ("stage", "name", "needed"),
     [
-        (adapter.main, "sd35m_1024", ["--model", "--autoencoder", "--embeddings", "--data.images"]),
-        (adapter.main, "sd35m_2048", ["--model", "--start"]),
-        (autoencoder.main, "sd3_vae_f16", ["--base", "--data.images"]),
+        ("adapter", "sd35m_1024", ["--model", "--autoencoder", "--embeddings", "--data.images"]),
+        ("adapter", "sd35m_2048", ["--model", "--start"]),
+        ("autoencoder", "sd3_vae_f16", ["--base", "--data.images"]),
     ],
 )
 def test_what_only_the_user_has_is_asked_for(
-    main: Any, name: str, needed: list[str], capsys: pytest.CaptureFixture[str]
+    stage: str, name: str, needed: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main([name])
+        entry.run(stage, [name])
     said = capsys.readouterr()
     assert all(option in said.out + said.err for option in needed)
 
@@ -96,16 +99,16 @@ def test_units_are_the_same_whether_told_once_or_for_each_channel() -> None:
 def embedded(stages: Any, tmp_path: Path) -> Path:
     """What the text encoder makes of every caption of the images, as ``davae_core.training.text`` stores it."""
     text = checkpoints.load_text_encoder(stages.file("base_dit", 1)).float()
-    records: dict[str, shards.Record] = {}
+    made: dict[str, records.Record] = {}
     for caption in captions_in([str(stages.images)]):
         with torch.no_grad():
-            context, pooled = generate.encode_captions(text, [caption])
-        records[key_of(caption)] = {"clip": context[0, :3], "t5": context[0, 3:], "pooled": pooled[0]}
+            context, pooled = sampling.encode_captions(text, [caption])
+        made[key_of(caption)] = {"clip": context[0, :3], "t5": context[0, 3:], "pooled": pooled[0]}
     about = {"context": context.shape[-1], "pooled": pooled.shape[-1]}
     folder = tmp_path / "embeddings"
     folder.mkdir()
-    shards.write(folder, 0, records, KIND, about)
-    shards.finish(folder, KIND, about)
+    records.write(folder, 0, made, KIND, about)
+    records.finish(folder, KIND, about)
     return folder
 
 

@@ -17,7 +17,8 @@ import torch
 
 from davae_core.checkpoints import files
 from davae_core.errors import CheckpointError, DAVAEError
-from davae_core.training import adapter, state
+from davae_core.training.run import state
+from davae_core.training.tasks import adapter
 
 OPTIONS = {
     "base_autoencoder": "",
@@ -129,7 +130,7 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stages: Any, tmp_path: Pat
     constant = ["--optimiser.schedule", "constant"]
     command = stages.command("adapter", parts, 1_000_000, "--run.sample-every", "4", *constant)
     script = subprocess.Popen(
-        [sys.executable, "-m", "davae_core.training.adapter", *command],
+        [sys.executable, "-m", "davae_core.training", "adapter", *command],
         cwd=Path(__file__).parents[3],
         stderr=subprocess.PIPE,
         text=True,
@@ -180,7 +181,7 @@ def run_apart(stages: Any, out: Path, saves: int | None = None, pause: float = 0
         The exit code, -9 after a kill.
     """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["davae_core.training.adapter"])
+    processes.set_forkserver_preload(["davae_core.training.stages"])
     command = stages.command("adapter", out, 25, "--run.resume", "--run.save-minutes", "0")
     run: Callable[..., int] = adapter.main
     child = processes.Process(target=run, args=(command,))

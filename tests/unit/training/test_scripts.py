@@ -13,14 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from davae_core import checkpoints
+from davae_core import checkpoints, command
 from davae_core.adapter import merge
 from davae_core.checkpoints import files
 from davae_core.checkpoints.detect import detect
 from davae_core.errors import DAVAEError
 from davae_core.mmdit import MMDiT, MMDiTConfig
-from davae_core.training import base_autoencoder, config, script
-from davae_core.training.tiny import recipes
+from davae_core.training import pretrained
+from davae_core.training.recipes import tiny as recipes
+from davae_core.training.run import config
 
 STAGES = ["base_autoencoder", "base_dit", "autoencoder", "adapter"]
 RECIPES: dict[str, dict[str, tuple[str, Any]]] = {
@@ -60,7 +61,7 @@ def test_the_adapter_logs_the_losses_of_base_and_detail_apart(stages: Any) -> No
 
 
 def test_the_base_autoencoder_is_a_file_in_the_layout_of_sd3(stages: Any) -> None:
-    model = base_autoencoder.load(stages.file("base_autoencoder"))
+    model = pretrained.base_vae(stages.file("base_autoencoder"))
     assert model.config.widths == (32, 32, 32, 64)
     shapes, _ = files.read_metadata(stages.file("base_autoencoder"))
     assert shapes["encoder.conv_out.weight"] == (32, 64, 3, 3)
@@ -189,13 +190,13 @@ def raising(problem: BaseException) -> Callable[[], int]:
 )
 def test_the_exit_code_says_how_it_ended(run: Callable[[], int], code: int) -> None:
     with pytest.raises(SystemExit) as end:
-        script.main(run)
+        command.run(run)
     assert end.value.code == code
 
 
 def test_what_a_person_can_put_right_is_said_in_a_line_and_without_a_traceback(stages: Any, tmp_path: Path) -> None:
     command = stages.command("base_dit", tmp_path / "run", 1, "--data.size", "20")
-    module = [sys.executable, "-m", "davae_core.training.base_dit", *command]
+    module = [sys.executable, "-m", "davae_core.training", "base_dit", *command]
     ended = subprocess.run(module, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: the size 20 is not a multiple of 16; use 16 or 32")
@@ -205,7 +206,7 @@ def test_what_a_person_can_put_right_is_said_in_a_line_and_without_a_traceback(s
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_script_runs_as_a_module(stages: Any, tmp_path: Path, stage: str) -> None:
-    module = [sys.executable, "-m", f"davae_core.training.{stage}", *stages.command(stage, tmp_path / "run", 2)]
+    module = [sys.executable, "-m", "davae_core.training", stage, *stages.command(stage, tmp_path / "run", 2)]
     ended = subprocess.run(module, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     for name in stages.exports[stage]:

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from davae_core.checkpoints import files
-from davae_core.training import state
+from davae_core.training.run import state
 
 CONFIGS = Path(__file__).parents[3] / "davae_core" / "training" / "configs"
 OPTIONS = [
@@ -33,12 +33,12 @@ DRIVER = """
 import json, sys
 
 from davae_core.errors import DAVAEError
-from davae_core.training import adapter, autoencoder
+from davae_core.training import stages
 
 for command in json.loads(sys.argv[1]):
-    assert adapter.main(command) == 0
+    assert stages.run("adapter", command) == 0
 try:
-    autoencoder.main(json.loads(sys.argv[2]))
+    stages.run("autoencoder", json.loads(sys.argv[2]))
 except DAVAEError as problem:
     print(problem, file=sys.stderr)
 """

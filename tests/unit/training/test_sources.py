@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from davae_core.errors import DAVAEError
-from davae_core.training import sources
-from davae_core.training.sources import Source, index
+from davae_core.training.data import sources
+from davae_core.training.data.sources import Source, index
 
 
 def picture(number: int = 0, size: tuple[int, int] = (12, 8)) -> Image.Image:

@@ -18,11 +18,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from davae_core.checkpoints import files
 from davae_core.errors import CheckpointError, DAVAEError
-from davae_core.training import shards, text, text_encoders
-from davae_core.training.embeddings import KIND, load_embeddings
-from davae_core.training.text import TextConfig, captions_in, encode_all
-from davae_core.training.text_encoders import Encoded, TextEncoders, load_clip, load_t5, read_state
-from davae_core.training.tokens import Tokenizers, as_prompt, chunks
+from davae_core.training.data import records
+from davae_core.training.text import encode as command
+from davae_core.training.text import encoders as text_encoders
+from davae_core.training.text.embeddings import KIND, load_embeddings
+from davae_core.training.text.encode import TextConfig, captions_in, encode_all
+from davae_core.training.text.encoders import Encoded, TextEncoders, load_clip, load_t5, read_state
+from davae_core.training.text.tokens import Tokenizers, as_prompt, chunks
 from harness import sd35
 
 TOY_WIDTHS = {"clip_l": 16, "clip_g": 24, "t5xxl": 48}
@@ -116,10 +118,10 @@ def encode(out: Path, encoder: Counting, captions: Sequence[str] = CAPTIONS, **a
 
 def contents(folder: Path) -> dict[str, object]:
     """What a folder holds: the index, and of each shard the metadata and the hash that its data really have."""
-    index = json.loads((folder / shards.INDEX).read_text())
-    assert {path.name for path in folder.iterdir()} == {shards.INDEX, *(shard["file"] for shard in index["shards"])}
+    index = json.loads((folder / records.INDEX).read_text())
+    assert {path.name for path in folder.iterdir()} == {records.INDEX, *(shard["file"] for shard in index["shards"])}
     paths = [folder / shard["file"] for shard in index["shards"]]
-    return {"index": index, **{path.name: (*files.read_metadata(path), shards.data_hash(path)) for path in paths}}
+    return {"index": index, **{path.name: (*files.read_metadata(path), records.data_hash(path)) for path in paths}}
 
 
 def damage(path: Path) -> None:
@@ -250,7 +252,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(tmp_path: Path) -> None
     assert encode(tmp_path / "whole", Counting()) == len(CAPTIONS)
     with pytest.raises(KeyboardInterrupt):
         encode(tmp_path / "cut", Counting(stop_after=6))
-    with pytest.raises(DAVAEError, match=r"not a finished set.*run python -m davae_core.training.text"):
+    with pytest.raises(DAVAEError, match=r"not a finished set.*run python -m davae_core.training text"):
         load_embeddings(tmp_path / "cut")
     second = Counting()
     assert encode(tmp_path / "cut", second) == len(CAPTIONS) - 4
@@ -291,9 +293,9 @@ def test_other_encoders_do_not_mix(tmp_path: Path, toy_files: dict[str, Path]) -
     encode(tmp_path, Counting(), encoders="one")
     with pytest.raises(DAVAEError, match=r"made with something else \(encoders: 'one', now 'two'\)"):
         encode(tmp_path, Counting(), encoders="two")
-    before = shards.fingerprint([toy_files["t5xxl"]])
+    before = records.fingerprint([toy_files["t5xxl"]])
     damage(toy_files["t5xxl"])
-    assert shards.fingerprint([toy_files["t5xxl"]]) != before != shards.fingerprint([toy_files["clip_l"]])
+    assert records.fingerprint([toy_files["t5xxl"]]) != before != records.fingerprint([toy_files["clip_l"]])
 
 
 def test_numbers_that_fp16_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -336,7 +338,7 @@ def test_a_caption_that_is_missing_is_named(tmp_path: Path) -> None:
     encode(tmp_path / "without", Counting(), CAPTIONS[1:])
     with pytest.raises(DAVAEError, match="no embedding of the caption ''"):
         load_embeddings(tmp_path / "without")
-    shards.finish(tmp_path / "without", "something", ABOUT)
+    records.finish(tmp_path / "without", "something", ABOUT)
     with pytest.raises(DAVAEError, match=rf"tells of 'something' in format 1, expected '{KIND}'"):
         load_embeddings(tmp_path / "without")
 
@@ -354,8 +356,8 @@ def test_the_command_encodes_the_captions_of_a_folder(
         for option, role in (("clip-l", "clip_l"), ("clip-g", "clip_g"), ("t5", "t5xxl"))
     ]
     with pytest.raises(DAVAEError, match=r"no t5xxl is given: name its file \(--t5\).*--without-t5"):
-        text.main([*common, *own[:2]])
-    assert text.main([*common, *own]) == 0
+        command.main([*common, *own[:2]])
+    assert command.main([*common, *own]) == 0
     embeddings = load_embeddings(out)
     clip_l, clip_g = (load_clip(toy_files[role], role) for role in ("clip_l", "clip_g"))  # type: ignore[arg-type]
     encoders = TextEncoders(Tokenizers(toy_tokenizers), clip_l, clip_g, load_t5(toy_files["t5xxl"]))
@@ -366,5 +368,5 @@ def test_the_command_encodes_the_captions_of_a_folder(
         torch.testing.assert_close(context[0, len(told.clip) :], told.t5, atol=1e-5, rtol=0)
         torch.testing.assert_close(pooled[0], told.pooled, atol=1e-5, rtol=0)
     bare = tmp_path / "without"
-    assert text.main([*common[:3], str(bare), *common[4:], *own[:2], "--without-t5"]) == 0
+    assert command.main([*common[:3], str(bare), *common[4:], *own[:2], "--without-t5"]) == 0
     assert torch.equal(load_embeddings(bare)([""])[0], embeddings([""])[0][:, :77])

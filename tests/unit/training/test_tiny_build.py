@@ -10,8 +10,9 @@ import torch
 from davae_core import checkpoints, tiny
 from davae_core.checkpoints import files
 from davae_core.errors import DAVAEError
-from davae_core.training import loop
-from davae_core.training.tiny import build, install, recipes
+from davae_core.training.recipes import tiny as recipes
+from davae_core.training.run import loop
+from davae_core.training.tiny import build, install
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Images and what is computed of them once."""

@@ -1,0 +1,210 @@
+"""Tensors computed once and kept on disk: shards of records, each with a checksum, and an index of the finished set.
+
+A shard is a safetensors file whose tensors are named ``key.part``; its header holds the SHA-256 of its data and what
+the set is about. The shards are the truth: work that was cut off goes on from those that are whole, and the index is
+written when all are there.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ... import atomic
+from ...checkpoints import files
+from ...errors import CheckpointError, DAVAEError
+
+INDEX = "index.json"
+FORMAT = 1
+SAMPLES, SAMPLE = 16, 1 << 20
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+_NAME = re.compile(r"shard_(\d{6})\.safetensors")
+
+Record = Mapping[str, torch.Tensor]
+
+
+@dataclass
+class Found:
+    """What a folder holds already.
+
+    Attributes:
+        shards: keys by whole shard, in order.
+        damaged: files that do not hold what they held when they were written.
+    """
+
+    shards: dict[str, list[str]] = field(default_factory=dict)
+    damaged: list[Path] = field(default_factory=list)
+
+    @property
+    def keys(self) -> set[str]:
+        """Of all records in whole shards."""
+        return {key for keys in self.shards.values() for key in keys}
+
+    @property
+    def free(self) -> Iterator[int]:
+        """Numbers of shards to write."""
+        taken = {int(match[1]) for name in self.shards if (match := _NAME.fullmatch(name))}
+        number = 0
+        while True:
+            if number not in taken:
+                yield number
+            number += 1
+
+
+def write(folder: Path, number: int, records: Mapping[str, Record], kind: str, about: Mapping[str, Any]) -> Path:
+    """Write a shard, whole or not at all.
+
+    Args:
+        folder: of the set.
+        number: of the shard.
+        records: tensors by part, by key; keys have no dot.
+        kind: what the set is.
+        about: what it was made with; the same for all shards of a set.
+    """
+    path = folder / f"shard_{number:06d}.safetensors"
+    tensors = {f"{key}.{part}": tensor for key, record in records.items() for part, tensor in record.items()}
+    files.save(path, tensors, {"davae.kind": kind, "davae.about": json.dumps(about, sort_keys=True)})
+    return path
+
+
+def survey(folder: Path, kind: str, about: Mapping[str, Any]) -> Found:
+    """Check every shard in ``folder`` against its checksum.
+
+    Raises:
+        DAVAEError: a shard is of another kind, or was made with something else.
+    """
+    found = Found()
+    for path in sorted(folder.glob("shard_*.safetensors")):
+        if not _NAME.fullmatch(path.name):
+            continue
+        try:
+            names, told = files.read_metadata(path)
+        except CheckpointError:
+            found.damaged.append(path)
+            continue
+        was = json.loads(told.get("davae.about", "{}"))
+        if told.get("davae.kind") != kind or was != dict(about):
+            other = [f"{name}: {was.get(name)!r}, now {about.get(name)!r}" for name in {**was, **about}
+                     if was.get(name) != about.get(name)]  # fmt: skip
+            why = "; ".join(other) or f"it holds {told.get('davae.kind', 'something unknown')}, not {kind}"
+            raise DAVAEError(f"{path} was made with something else ({why}); write to another folder, or remove it")
+        if data_hash(path) != told.get(files.HASH_KEY):
+            found.damaged.append(path)
+            continue
+        found.shards[path.name] = list(dict.fromkeys(name.split(".", 1)[0] for name in names))
+    return found
+
+
+def finish(folder: Path, kind: str, about: Mapping[str, Any]) -> Path:
+    """Write the index of all shards in ``folder``, whole or not at all."""
+    listed = []
+    for path in sorted(folder.glob("shard_*.safetensors")):
+        names, told = files.read_metadata(path)
+        keys = list(dict.fromkeys(name.split(".", 1)[0] for name in names))
+        listed.append({"file": path.name, "bytes": path.stat().st_size, "sha256": told[files.HASH_KEY], "keys": keys})
+    content = {"format": FORMAT, "kind": kind, "about": dict(about), "shards": listed}
+    path = folder / INDEX
+    atomic.write(path, json.dumps(content).encode())
+    return path
+
+
+def data_hash(path: Path) -> str:
+    """SHA-256 of the tensor data of a safetensors file, as its header has it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return f"0x{digest.hexdigest()}"
+
+
+def stored(record: Record, dtype: torch.dtype, name: str) -> dict[str, torch.Tensor]:
+    """A record in the type it is stored in.
+
+    Raises:
+        DAVAEError: a number does not fit.
+    """
+    out = {part: tensor.to(dtype) for part, tensor in record.items()}
+    for part, tensor in out.items():
+        if not torch.isfinite(tensor).all():
+            raise DAVAEError(
+                f"what was computed of {name} ({part}) does not fit {dtype} or is not a number; use --dtype fp32, "
+                "and if that fails too, other model files"
+            )
+    return out
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """Tells files apart: a hash of their sizes, their headers and samples of their data."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with open(path, "rb") as file:
+            for i in range(SAMPLES):
+                file.seek(i * max(0, size - SAMPLE) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:32]
+
+
+class RecordSet:
+    """A finished set, memory-mapped: a record is read from disk when it is asked for.
+
+    Args:
+        folder: of the set.
+        kind: what it must be.
+        maker: the command that makes it, for errors.
+
+    Raises:
+        DAVAEError: it is not finished, of another kind or format, or a shard is not the one that the index tells of.
+            Only headers and sizes are looked at; the maker, run again, checks all data.
+    """
+
+    def __init__(self, folder: Path, kind: str, maker: str) -> None:
+        self.folder, self.maker = folder, maker
+        told = _index(folder, kind, maker)
+        self.about: dict[str, Any] = told["about"]
+        self._files, self._place = [], {}
+        for number, shard in enumerate(told["shards"]):
+            path = folder / shard["file"]
+            whole = path.is_file() and path.stat().st_size == shard["bytes"]
+            if not whole or files.read_metadata(path)[1].get(files.HASH_KEY) != shard["sha256"]:
+                raise DAVAEError(f"{path} is missing or damaged; run {maker} again: it makes only what is missing")
+            self._files.append(safe_open(path, framework="pt", device="cpu"))
+            self._place.update(dict.fromkeys(shard["keys"], number))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._place
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def get(self, key: str, parts: Iterable[str]) -> list[torch.Tensor]:
+        """Parts of a record that is there."""
+        file = self._files[self._place[key]]
+        return [file.get_tensor(f"{key}.{part}") for part in parts]
+
+
+def _index(folder: Path, kind: str, maker: str) -> dict[str, Any]:
+    """The content of the index."""
+    path = folder / INDEX
+    if not path.is_file():
+        raise DAVAEError(f"{folder} is not a finished set: it has no {INDEX}; run {maker}, again if it was cut off")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise DAVAEError(f"{path} is damaged ({problem}); run {maker} again") from None
+    if told.get("format") != FORMAT or told.get("kind") != kind:
+        raise DAVAEError(
+            f"{path} tells of {told.get('kind')!r} in format {told.get('format')!r}, expected {kind!r} in format "
+            f"{FORMAT}; give the folder that {maker} wrote"
+        )
+    return told

@@ -1,0 +1,108 @@
+"""What all trainings have in common to configure, and the command line made of it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from ...errors import DAVAEError
+
+Precision = Literal["auto", "fp32", "bf16"]
+Recipe = TypeVar("Recipe")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW, its learning rate over time, and the moving average of the weights."""
+
+    lr: float = 1e-4
+    """Learning rate after the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's first and second moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices and kernels; never on biases and norms."""
+    clip: float = 1.0
+    """Largest norm of the gradient; longer ones are scaled down to it."""
+    warmup: int = 100
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after the warm-up: stay, or fall to 0 at the last step along half a cosine."""
+    ema: float = 0.999
+    """Decay per step of the moving average of the weights, which is what is sampled and exported; 0 for none."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long to train, on what, and what to write where."""
+
+    out: Path = Path("output/training")
+    """Folder of the run: state.safetensors, TensorBoard events, samples/ and at the end the exported files."""
+    steps: int = 10_000
+    """Optimiser steps in all. A resumed run may have more; with the cosine schedule it is then another run, because the
+    learning rate depends on it."""
+    batch: int = 64
+    """Images per optimiser step, over all processes together."""
+    micro_batch: int = 0
+    """Images that one device takes at once; its share of the batch is cut into such parts. 0: the whole share."""
+    seed: int = 0
+    """Of everything random. What step n sees and draws depends on the seed and n alone."""
+    precision: Precision = "auto"
+    """Of the forward and backward pass (weights and optimiser stay in fp32). auto: bf16 where the device is faster in
+    it (GPUs, CPUs with AMX), fp32 elsewhere; a CPU that has to emulate bf16 is some thirty times slower in it."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    resume: bool = False
+    """Go on from the state in `out`, exactly as if the run had not been interrupted."""
+    save_minutes: float = 5.0
+    """Time between two writings of the state; it is also written at the end and at Ctrl-C."""
+    log_every: int = 10
+    """Steps between two points in TensorBoard."""
+    sample_every: int = 500
+    """Steps between two sheets of samples (PNG and TensorBoard); 0 for none. There is one at the end in any case."""
+    bad_steps: int = 20
+    """A step whose loss or gradient is not finite is skipped; after so many in a row the training stops."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.micro_batch < 0 or self.log_every < 1 or self.bad_steps < 1:
+            raise DAVAEError(f"steps, batch, log_every and bad_steps must be at least 1, got {self}")
+
+
+# Fields that may differ between a run and its continuation: they do not change what a step computes.
+FREE = {"run.out", "run.steps", "run.resume", "run.save_minutes", "run.log_every", "run.sample_every", "run.bad_steps"}
+FREE |= {"run.micro_batch", "run.compile", "data.images", "data.workers", "data.cache", "data.max_broken"}
+FREE |= {"gradient_checkpointing", "frozen", "file"}
+
+
+def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe as ``{"run.steps": 1000, ...}`` with JSON values."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            out |= flat(value, f"{prefix}{field.name}.")
+        else:
+            out[f"{prefix}{field.name}"] = value if isinstance(value, (int, float, str, type(None))) else str(value)
+    return out
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What keeps ``new`` from continuing a run of ``old``, one line per field."""
+    names = [name for name in {**old, **new} if name not in FREE and old.get(name) != new.get(name)]
+    return [f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in names]
+
+
+def from_command_line(
+    recipes: Mapping[str, tuple[str, Recipe]], description: str, args: list[str] | None, prog: str | None = None
+) -> Recipe:
+    """Let the user pick a recipe by name and change any field of it.
+
+    Args:
+        recipes: name to (one line about it, recipe).
+        description: of the program.
+        args: the command line; ``sys.argv`` when not given.
+        prog: how the program is called, for its help.
+    """
+    return tyro.extras.overridable_config_cli(dict(recipes), description=description, args=args, prog=prog)

@@ -1,0 +1,297 @@
+"""Stage 2: teach a pretrained SD3.5-layout model to draw DA-VAE latents.
+
+    python -m davae_core.training adapter micro --help
+
+Source: arXiv 2603.22125 sec. 3.2. The embedder and the head, widened by zeros, are trained in full, the trunk by LoRA.
+Writes an adapter file.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ... import checkpoints, flow, tiny
+from ... import sampling as sampler
+from ...adapter import EMBED, HEAD, PAPER_TARGETS, PREFIX, WIDENED, Adapter, Recommended, widen, zero_adapter
+from ...errors import DAVAEError
+from ...images import tile
+from ...latent import LatentSpec
+from ...mmdit import MMDiT, MMDiTConfig
+from ...text_encoder import TextEncoder
+from .. import pretrained
+from ..data.dataset import DataConfig
+from ..data.draws import Draws
+from ..data.latents import Encode, LatentCache
+from ..data.stored_latents import load_latents
+from ..objective import FlowConfig, noised
+from ..run.config import OptimiserConfig, RunConfig
+from ..run.launch import Images, launch
+from ..run.task import Batch, Losses, Phase
+from ..text.captions import thinned
+from ..text.embeddings import Embeddings
+from ..text.prompts import encode, source
+from . import lora
+from .recompute import recompute
+
+SHEET_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """An adapter for a diffusion model, its text encoder and a DA-VAE."""
+
+    data: DataConfig
+    run: RunConfig
+    model: Path
+    """The pretrained diffusion model: its file, a whole checkpoint, or a folder of diffusers' layout."""
+    autoencoder: Path
+    """File of the DA-VAE."""
+    text_encoder: Path | None = None
+    """File of the tiny model's text encoder, for the tiny model."""
+    embeddings: Path | None = None
+    """Folder of the captions' embeddings, computed before (python -m davae_core.training text): no text encoder is
+    loaded."""
+    start: Path | None = None
+    """Adapter file whose weights the run starts from, for the same model and DA-VAE; otherwise from zero."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    flow: FlowConfig = FlowConfig(shift=4.0, min_snr=5.0)
+    rank: int = 256
+    """Rank and alpha of the LoRA; 0 trains the embedder and the head alone."""
+    targets: tuple[str, ...] = PAPER_TARGETS
+    """Layers with a LoRA, in diffusers' names."""
+    detail_warmup: int = 10_000
+    """Steps in which the weight of the detail channels rises from 0 to 1 (N_warm)."""
+    gradient_checkpointing: bool = False
+    """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+    frozen: Literal["fp32", "bf16"] = "fp32"
+    """How the weights that are not trained are held. bf16 takes half the memory and, where the forward pass is in bf16,
+    gives the same numbers."""
+    keep_latents: bool = False
+    """Keep the latents of all images in memory."""
+    latents: Path | None = None
+    """Folder of the images' latents, computed before (python -m davae_core.training latents): the DA-VAE stays
+    off the GPU and only draws the sample sheets."""
+    file: str = tiny.ADAPTER
+    """Name of the file that the run leaves in its folder."""
+    recommended: Recommended = Recommended(shift=4.0, cfg=2.5, steps=30)
+    """How the finished adapter is to be sampled; a size of 0 is the size of the data."""
+
+
+class AdaptedModel(nn.Module):
+    """A pretrained MMDiT that reads and predicts C + D channels; only what the adapter holds is trained.
+
+    Args:
+        base: state dict of the pretrained model.
+        latent: the latent to adapt to.
+        rank, targets: of the LoRA.
+        seed: draws the LoRA's first factors.
+        start: what is learned already; nothing where it is not given.
+        frozen: dtype of the matrices that are not trained; the positions keep the file's unless it is float32.
+
+    Raises:
+        DAVAEError: ``start`` is for another model, latent or LoRA.
+    """
+
+    def __init__(
+        self,
+        base: dict[str, torch.Tensor],
+        latent: LatentSpec,
+        rank: int,
+        targets: tuple[str, ...],
+        seed: int,
+        start: Adapter | None = None,
+        frozen: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        config = MMDiTConfig.from_state_dict(base)
+        adapter = zero_adapter(config, latent, rank, targets, torch.Generator().manual_seed(seed))
+        self.adapter_config = adapter.config
+        if start is not None:
+            check_continues(start, adapter)
+            adapter = Adapter(adapter.config, {name: tensor.float() for name, tensor in start.state.items()})
+        self.start = {name: base[name].float().clone() for name in WIDENED}
+        with torch.device("meta"):
+            self.mmdit = MMDiT(replace(config, in_channels=latent.channels, out_channels=latent.channels))
+        # Copies: a tensor of the file is a view of it on the disk.
+        state = {name: tensor.to(_dtype(name, tensor, frozen), copy=True) for name, tensor in base.items()}
+        self.mmdit.load_state_dict(state | widen(state, adapter), assign=True)
+        self.mmdit.requires_grad_(False)
+        for name in WIDENED:
+            self.mmdit.get_parameter(name).requires_grad_(True)
+        self.places = lora.attach(self.mmdit, adapter)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        context: torch.Tensor,
+        pooled: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As :class:`MMDiT`, with ``x [B, C + D, h, w]``."""
+        return self.mmdit(x, t, context, pooled, present)
+
+    def checkpoint_blocks(self) -> None:
+        """Compute the blocks again in the backward pass instead of keeping what is inside them."""
+        recompute(self.mmdit.joint_blocks)
+
+    def adapter(self, recommended: Recommended) -> Adapter:
+        """What was learned, as an adapter."""
+        config = replace(self.adapter_config, recommended=recommended)
+        now = {name: self.mmdit.get_parameter(name).detach().float() for name in WIDENED}
+        start = {name: tensor.to(now[name]) for name, tensor in self.start.items()}
+        channels, positions = config.latent.base_channels, config.patch**2
+        embed = f"{EMBED}weight"
+        state = {
+            f"{PREFIX}{EMBED}detail.weight": now[embed][:, channels:],
+            f"{PREFIX}{EMBED}delta.weight": now[embed][:, :channels] - start[embed],
+            f"{PREFIX}{EMBED}delta.bias": now[f"{EMBED}bias"] - start[f"{EMBED}bias"],
+        }
+        for part in ("weight", "bias"):
+            rows = now[f"{HEAD}{part}"].unflatten(0, (positions, -1))
+            state[f"{PREFIX}{HEAD}detail.{part}"] = rows[:, channels:].flatten(0, 1)
+            state[f"{PREFIX}{HEAD}delta.{part}"] = rows[:, :channels].flatten(0, 1) - start[f"{HEAD}{part}"]
+        return Adapter(config, state | lora.tensors(self.places))
+
+
+def _dtype(name: str, tensor: torch.Tensor, frozen: torch.dtype) -> torch.dtype:
+    """How a tensor of the base model is held."""
+    if frozen == torch.float32 or name in WIDENED or tensor.ndim < 2:
+        return torch.float32
+    return tensor.dtype if name == "pos_embed" else frozen
+
+
+def check_continues(start: Adapter, fresh: Adapter) -> None:
+    """Raise DAVAEError unless ``start`` has the tensors of ``fresh``, for the same latent in the same units."""
+    told, wanted = ({n: t.shape for n, t in a.state.items() if not n.endswith(".alpha")} for a in (start, fresh))
+    optional = {name for name in wanted if ".delta." in name} - told.keys()
+    odd = sorted(n for n in told.keys() | wanted.keys() if told.get(n) != wanted.get(n) and n not in optional)
+    if odd:
+        is_, expected = (list(shapes[odd[0]]) if odd[0] in shapes else "not there" for shapes in (told, wanted))
+        raise DAVAEError(
+            f"the adapter to start from (--start) is not of this recipe's shape: {odd[0]} is {is_}, expected {expected}"
+            "; use its model, --rank and --targets"
+        )
+    here, there = (torch.tensor(units(a.config.latent)) for a in (start, fresh))
+    if not torch.allclose(here, there, rtol=1e-4, atol=1e-5):
+        raise DAVAEError(
+            "the adapter to start from (--start) was trained on another DA-VAE: the statistics of its latent differ "
+            "from those of --autoencoder; give the DA-VAE it was trained on"
+        )
+
+
+def units(latent: LatentSpec) -> tuple[float, ...]:
+    """The numbers that take a latent from the model's units: the shift of each channel, then the factor of each."""
+    shift, step = (latent.denormalise(torch.full((1, latent.channels, 1, 1), value)) for value in (0.0, 1.0))
+    return *shift.flatten().tolist(), *(step - shift).flatten().tolist()
+
+
+class AdapterPhase(Phase):
+    """Flow matching on base and detail channels, the weight of the detail rising (eq. 12-13)."""
+
+    def __init__(
+        self, model: AdaptedModel, recipe: AdapterRecipe, text: TextEncoder | Embeddings, latents: Encode
+    ) -> None:
+        super().__init__()
+        self.model, self.recipe, self.text, self.latents = model, recipe, text, latents
+
+    def shards(self) -> list[nn.Module]:
+        """See :class:`Phase`: each block, and the model around them."""
+        return [*self.model.mmdit.joint_blocks, self.model.mmdit]
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """See :class:`Phase`."""
+        recipe = self.recipe
+        z = self.latents(batch["image"])
+        draws = Draws(recipe.run.seed, step, batch["position"])
+        captions = thinned(batch["caption"], draws, recipe.flow.prompt_dropout, recipe.flow.word_dropout)
+        point = noised(z, draws, recipe.flow)
+        prediction = self.model(point.x, point.t, *encode(self.text, captions, z.device))
+        weight = flow.detail_weight(step, recipe.detail_warmup)
+        channels = self.model.adapter_config.latent.base_channels
+        loss, base, detail = flow.flow_loss(prediction, point.target, channels, weight, point.weight)
+        return {"loss": loss, "base": base, "detail": detail, "detail_weight": loss.new_tensor(weight)}
+
+
+def check_settings(recipe: AdapterRecipe) -> None:
+    """Raise DAVAEError where two settings contradict each other."""
+    if recipe.frozen == "bf16" and recipe.run.precision != "bf16":
+        raise DAVAEError(
+            "weights held in bf16 need a forward pass in bf16: give --run.precision bf16 too, or --frozen fp32"
+        )
+    if recipe.embeddings is not None and recipe.flow.word_dropout:
+        raise DAVAEError(
+            f"captions without some of their words have no embedding: {recipe.flow.word_dropout=} needs to be 0 with "
+            "--embeddings (--flow.word-dropout 0)"
+        )
+
+
+class AdapterTask:
+    """Trains :class:`AdapterPhase` and leaves an adapter."""
+
+    def __init__(self, recipe: AdapterRecipe, images: Images) -> None:
+        self.recipe = recipe
+        self.davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32).requires_grad_(False)
+        self.text = source(recipe.text_encoder, recipe.embeddings)
+        check_settings(recipe)
+        self.model = AdaptedModel(
+            pretrained.diffusion_model(recipe.model),
+            self.davae.latent,
+            recipe.rank,
+            recipe.targets,
+            recipe.run.seed,
+            checkpoints.load_adapter(recipe.start) if recipe.start else None,
+            torch.bfloat16 if recipe.frozen == "bf16" else torch.float32,
+        )
+        if recipe.gradient_checkpointing:
+            self.model.checkpoint_blocks()
+        if recipe.run.compile:
+            self.model.compile()
+        latents: Encode = LatentCache(self.encode, recipe.keep_latents)
+        if recipe.latents is not None:
+            latents = load_latents(recipe.latents, recipe.autoencoder)
+        self.phases: dict[str, Phase] = {"adapter": AdapterPhase(self.model, recipe, self.text, latents)}
+
+    def to(self, device: torch.device) -> None:
+        """Move the model, the text encoder and, unless the latents are computed already, the autoencoder."""
+        self.phases["adapter"].to(device)
+        if self.recipe.latents is None:
+            self.davae.to(device)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to latents in the model's units, on the device of the images."""
+        device = next(self.davae.parameters()).device
+        return self.davae.latent.normalise(self.davae.encode(x.to(device)).float()).to(x.device)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents in the model's units to images, on the device of the latents."""
+        device = next(self.davae.parameters()).device
+        return self.davae.decode(self.davae.latent.denormalise(z).to(device)).float().to(z.device)
+
+    def sheet(self, batch: Batch) -> torch.Tensor:
+        """Images, their reconstructions, samples for their captions."""
+        x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
+        z = self.encode(x)
+        told = self.recipe.recommended
+        noise = sampler.initial_noise(0, range(len(x)), z.shape[1:]).to(x.device)
+        sampling = sampler.Sampling(told.shift, told.cfg, told.steps)
+        asked, empty = (encode(self.text, texts, x.device) for texts in (captions, [""] * len(captions)))
+        samples = sampler.sample_encoded(self.model, asked, empty, noise, sampling)
+        return tile([x, self.decode(z), self.decode(samples)])
+
+    def export(self, folder: Path) -> list[Path]:
+        """The adapter in fp32."""
+        told = self.recipe.recommended
+        adapter = self.model.adapter(replace(told, size=told.size or self.recipe.data.size))
+        checkpoints.save_adapter(folder / self.recipe.file, adapter)
+        return [folder / self.recipe.file]
+
+
+def train(recipe: AdapterRecipe) -> int:
+    """Train on the images of the recipe; the exit code."""
+    davae = checkpoints.load_autoencoder(recipe.autoencoder)
+    patch = MMDiTConfig.patch
+    return launch(recipe, davae.latent.factor * patch, lambda images: AdapterTask(recipe, images))

@@ -1,0 +1,294 @@
+"""Stage 1: train the detail branch and the joint decoder of a DA-VAE on a frozen base VAE.
+
+    python -m davae_core.training autoencoder micro --help
+
+Source: arXiv 2603.22125 sec. 3.1. Writes a DA-VAE file with the measured statistics of the detail channels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+import torch.nn.functional as F
+from torch import nn
+
+from ... import checkpoints, tiny
+from ...adapter import Recommended
+from ...alignment import alignment_loss
+from ...autoencoder import AttnBlock, Autoencoder, Downsample, ResnetBlock, Upsample
+from ...davae import DAVAE, DAVAEConfig
+from ...errors import DAVAEError
+from ...images import tile
+from ...latent import LatentSpec
+from .. import pretrained
+from ..data.dataset import DataConfig
+from ..data.draws import Draws
+from ..objective import Reconstruction, ReconstructionConfig, sampled, start_certain, statistics
+from ..run.config import OptimiserConfig, RunConfig
+from ..run.launch import Images, launch
+from ..run.task import Batch, Losses, Phase
+from .critic import CriticConfig, CriticPhase, PatchCritic
+from .recompute import recompute
+
+SHEET_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """How strongly the detail latent is drawn to the base latent (eq. 3-4)."""
+
+    weight: float = 0.2
+    """Of the alignment loss; 0 for none."""
+    adaptive: bool = False
+    """Multiply the weight by the ratio of the gradients of the other losses and of the alignment, on the last layer of
+    the detail encoder."""
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """A DA-VAE on a base VAE."""
+
+    data: DataConfig
+    run: RunConfig
+    base: Path
+    """File of the base VAE (LDM layout: SD1, SDXL, SD3, VA-VAE), or of a checkpoint with it."""
+    family: str = ""
+    """The base model whose VAE it is: sd1, sdxl, sd3 or vavae, which decides the units of the base latent. "" asks the
+    file's metadata, then the shapes; only SD1 and SDXL cannot be told apart by these."""
+    start: Path | None = None
+    """DA-VAE file whose weights the run starts from, on the same base VAE; otherwise from the base VAE's own parts."""
+    optimiser: OptimiserConfig = OptimiserConfig(weight_decay=1e-4)
+    losses: ReconstructionConfig = ReconstructionConfig(l1=2.0)
+    alignment: AlignmentConfig = AlignmentConfig()
+    critic: CriticConfig = CriticConfig()
+    detail_channels: int = 16
+    """D, a multiple of the base VAE's channels."""
+    scale: int = 2
+    """s, how much further the latent compresses in each direction."""
+    train_trunk: bool = False
+    """Give the detail branch a trunk of its own, trained; otherwise it uses the frozen base encoder's (SD3 recipe)."""
+    freeze_detail: bool = False
+    """Train the decoder alone: the latents, and with them the adapters made for `start`, stay what they are."""
+    file: str = tiny.AUTOENCODER
+    """Name of the file that the run leaves in its folder."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the decoder's blocks for the backward pass and compute the rest again: less memory, more
+    time."""
+    detail_dropout: float = 0.1
+    """Share of samples whose whole detail latent is set to zero before decoding."""
+
+
+class AutoencoderPhase(Phase):
+    """Everything but the critic. The base encoder and base decoder are frozen."""
+
+    def __init__(self, model: DAVAE, recipe: AutoencoderRecipe, critic: PatchCritic | None) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+        self.losses = Reconstruction(recipe.losses)
+        self.reconstructions: dict[int, torch.Tensor] = {}  # for the critic, by micro-batch
+        self._critic = (critic,)  # in a tuple: not a submodule, it is trained by its own phase
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """See :class:`Phase`."""
+        recipe, model = self.recipe, self.model
+        x = batch["image"]
+        with torch.no_grad():
+            z_base = model.encode_base(x).float()
+        moments = self.moments(x)
+        draws = Draws(recipe.run.seed, step, batch["position"])
+        z_detail = sampled(moments, draws.normal("latent", z_base.new_empty(moments.chunk(2, dim=1)[0].shape)))
+        kept = (draws.uniform("detail") >= recipe.detail_dropout).to(z_detail).view(-1, 1, 1, 1)
+        y = model.decode(torch.cat([z_base, z_detail * kept], dim=1))
+        losses = self.losses(x, y, moments)
+        critic = self._critic[0]
+        if critic is not None and step >= recipe.critic.start:
+            self.reconstructions[batch["micro"]] = y.detach()
+            losses["adversarial"] = -critic(y).float().mean()
+            weight = losses["loss"].new_tensor(recipe.critic.weight)
+            if recipe.critic.adaptive and torch.is_grad_enabled():
+                last = model.decoder.conv_out.weight
+                weight = losses["adversarial_weight"] = weight * gradient_ratio(
+                    losses["loss"], losses["adversarial"], last
+                )
+            losses["loss"] = losses["loss"] + weight * losses["adversarial"]
+        return self._aligned(losses, moments, z_base)
+
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean and log-variance of the detail latent; no gradient into a frozen trunk."""
+        if self.model.detail_trunk is not None:
+            return self.model.detail_moments(x)
+        with torch.no_grad():
+            features = self.model.base_encoder.features(x)
+        return self.model.detail_down(features)
+
+    def _aligned(self, losses: Losses, moments: torch.Tensor, z_base: torch.Tensor) -> Losses:
+        """The losses with the alignment added."""
+        config, spec = self.recipe.alignment, self.model.latent
+        mean = moments.chunk(2, dim=1)[0].float()
+        losses["alignment"] = alignment_loss(mean, spec.normalise_base(z_base))
+        if config.weight:
+            weight = losses["loss"].new_tensor(config.weight)
+            if config.adaptive and torch.is_grad_enabled():
+                ratio = gradient_ratio(losses["loss"], losses["alignment"], self.model.detail_down.conv.weight)
+                losses["alignment_weight"] = weight * ratio
+                weight = losses["alignment_weight"]
+            losses["loss"] = losses["loss"] + weight * losses["alignment"]
+        return losses
+
+
+def gradient_ratio(loss: torch.Tensor, other: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """|d loss / d parameter| over |d other / d parameter|, at most 10^4; of the whole batch over all processes."""
+    norms = []
+    for value in (loss, other):
+        (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(gradient)
+        norms.append(gradient.norm())
+    return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
+
+
+class AutoencoderTask:
+    """Trains :class:`AutoencoderPhase`, with a critic where the recipe has one, and leaves a DA-VAE file."""
+
+    def __init__(self, recipe: AutoencoderRecipe, images: Images) -> None:
+        torch.manual_seed(recipe.run.seed)
+        self.recipe, self.images = recipe, images
+        base = pretrained.base_vae(recipe.base)
+        family = pretrained.base_of_file(recipe.base, base.config, recipe.family)
+        units = family.normalisation or (0.0, 1.0)
+        self.model = on_base(base, recipe.detail_channels, recipe.scale, recipe.train_trunk, units)
+        if family.normalisation is None and recipe.start is None:
+            self.model.set_base_units(*measured_units(self.model, images))
+        start_certain(self.model.detail_down.conv)
+        if recipe.start is not None:
+            start_from(self.model, recipe.start)
+        if recipe.freeze_detail:
+            freeze_detail(self.model, recipe)
+        if recipe.gradient_checkpointing:
+            recompute(trained_blocks(self.model))
+        if recipe.run.compile:
+            for part in (self.model.base_encoder.mid, self.model.decoder.mid, *self.model.decoder.up):
+                part.compile()
+        critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
+        self.phase = AutoencoderPhase(self.model, recipe, critic)
+        self.phases: dict[str, Phase] = {"autoencoder": self.phase}
+        if critic is not None:
+            self.phases["critic"] = CriticPhase(critic, recipe.critic.start, self.phase.reconstructions)
+
+    def to(self, device: torch.device) -> None:
+        """Move the model and the critic."""
+        for phase in self.phases.values():
+            phase.to(device)
+
+    def sheet(self, batch: Batch) -> torch.Tensor:
+        """Images; base latent decoded at half size and enlarged; reconstructions without and with detail."""
+        x = batch["image"][:SHEET_IMAGES]
+        z = self.model.encode(x)
+        small = self.model.decode_base(self.model.latent.split(z)[0]).float()
+        enlarged = F.interpolate(small, size=x.shape[-2:], mode="bicubic")
+        return tile([x, enlarged, *(self.model.decode(z, strength).float() for strength in (0.0, 1.0))])
+
+    def export(self, folder: Path) -> list[Path]:
+        """The DA-VAE in fp32, with the statistics of its detail channels."""
+        if not self.recipe.freeze_detail:
+            mean, std = statistics(self.model.encode_detail(x) for x in self.images())
+            self.model.set_detail_statistics(mean.tolist(), std.tolist())
+        path = folder / self.recipe.file
+        checkpoints.save_autoencoder(path, self.model, Recommended(size=self.recipe.data.size))
+        return [path]
+
+
+Units = tuple[float | tuple[float, ...], float | tuple[float, ...]]
+
+
+@torch.no_grad()
+def measured_units(model: DAVAE, images: Images) -> Units:
+    """Shift and scale per channel that give the base latents of the images mean 0 and standard deviation 1.
+
+    To six digits, so that a resumed run, which measures again, has the same ones.
+    """
+    mean, std = statistics(model.to(x.device).encode_base(x) for x in images())
+    shift, scale = (tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, 1 / std))
+    return shift, scale
+
+
+def trained_blocks(model: DAVAE) -> list[nn.Module]:
+    """The blocks that gradients go through and that hold most of what a backward pass needs."""
+    parts = (model.decoder, model.detail_trunk or nn.Identity())
+    kinds = (ResnetBlock, AttnBlock, Upsample, Downsample)
+    return [module for part in parts for module in part.modules() if isinstance(module, kinds)]
+
+
+def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bool, units: Units = (0.0, 1.0)) -> DAVAE:
+    """A DA-VAE whose parts are the base VAE's: encoder and decoder frozen, a second decoder to train.
+
+    Args:
+        base: the base VAE.
+        detail_channels, scale: D and s.
+        train_trunk: give the detail branch a trunk of its own.
+        units: shift and scale of the base latent.
+    """
+    spec = LatentSpec(
+        base_channels=base.config.latent_channels,
+        detail_channels=detail_channels,
+        scale=scale,
+        base_factor=base.config.factor,
+        base_shift=units[0],
+        base_scale=units[1],
+    )
+    model = DAVAE(DAVAEConfig(base=base.config, latent=spec, shared_trunk=not train_trunk, base_decoder=True))
+    own = {f"base_{name}": tensor for name, tensor in base.state_dict().items()}
+    decoder = base.decoder.state_dict(prefix="decoder.")
+    own |= {n: t for n, t in decoder.items() if not n.startswith("decoder.conv_in.")}
+    if not model.config.shared_trunk:
+        encoder = base.encoder.state_dict(prefix="detail_trunk.")
+        own |= {n: t for n, t in encoder.items() if not n.startswith("detail_trunk.conv_out.")}
+    model.load_state_dict(model.state_dict() | own)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("base_"))
+    return model
+
+
+def start_from(model: DAVAE, path: Path) -> None:
+    """Give ``model`` the weights of a trained DA-VAE, and the units of the base latent that these were trained in; the
+    base VAE's weights stay its own.
+
+    Raises:
+        CheckpointError: the file is no DA-VAE.
+        DAVAEError: it is a DA-VAE of another shape or on another base VAE.
+    """
+    trained = checkpoints.load_autoencoder(path, torch.float32)
+    own, new = model.state_dict(), trained.state_dict()
+    if trained.base_decoder is None:
+        new |= {name: tensor for name, tensor in own.items() if name.startswith(("base_decoder.", "base_post_"))}
+    if other := sorted(
+        n for n in own.keys() | new.keys() if n not in own or n not in new or own[n].shape != new[n].shape
+    ):
+        raise DAVAEError(f"{path.name} is a DA-VAE of another shape than this recipe makes; it differs in {other[0]}")
+    if any(not torch.allclose(own[n], new[n], atol=2e-3, rtol=2e-3) for n in own if n.startswith("base_encoder.")):
+        raise DAVAEError(f"{path.name} was made on another base VAE than this recipe's; give the one it was made on")
+    model.load_state_dict({n: own[n] if n.startswith("base_") else new[n] for n in own})
+    model.set_base_units(trained.latent.base_shift, trained.latent.base_scale)
+    model.set_detail_statistics(trained.latent.detail_mean, trained.latent.detail_std)
+
+
+def freeze_detail(model: DAVAE, recipe: AutoencoderRecipe) -> None:
+    """Leave the decoder alone to be trained.
+
+    Raises:
+        DAVAEError: there are no trained latents to keep, or the alignment wants gradients of them.
+    """
+    if recipe.start is None:
+        raise DAVAEError("freeze_detail keeps the latents of a trained DA-VAE: give its file as --start")
+    if recipe.alignment.adaptive:
+        raise DAVAEError("freeze_detail leaves the alignment nothing to train: use --alignment.no-adaptive")
+    for name, parameter in model.named_parameters():
+        if name.startswith("detail_"):
+            parameter.requires_grad_(False)
+
+
+def train(recipe: AutoencoderRecipe) -> int:
+    """Train on the images of the recipe; the exit code."""
+    factor = pretrained.base_vae(recipe.base).config.factor * recipe.scale
+    return launch(recipe, factor, lambda images: AutoencoderTask(recipe, images))

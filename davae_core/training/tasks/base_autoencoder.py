@@ -1,0 +1,109 @@
+"""Train a KL autoencoder in the LDM layout from nothing: the base of the tiny models.
+
+    python -m davae_core.training base_autoencoder micro --help
+
+Writes base_autoencoder.safetensors, scaled so that the latent has the spread that its family's normalisation expects.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ... import bases, tiny
+from ...autoencoder import Autoencoder, AutoencoderConfig
+from ...checkpoints import files
+from ...images import tile
+from ..data.dataset import DataConfig
+from ..data.draws import Draws
+from ..objective import Reconstruction, ReconstructionConfig, sampled, start_certain, statistics
+from ..run.config import OptimiserConfig, RunConfig
+from ..run.launch import Images, launch
+from ..run.task import Batch, Losses, Phase
+
+
+@dataclass(frozen=True)
+class BaseAutoencoderRecipe:
+    """A base autoencoder."""
+
+    data: DataConfig
+    run: RunConfig
+    optimiser: OptimiserConfig = OptimiserConfig()
+    losses: ReconstructionConfig = ReconstructionConfig(perceptual=0.0)
+    model: AutoencoderConfig = AutoencoderConfig()
+    family: str = ""
+    """The base model whose units the latent is made for (sd1, sdxl, sd3, vavae); "" tells it from the shapes."""
+
+
+class BaseAutoencoderPhase(Phase):
+    """Image to a sample of its latent to image."""
+
+    def __init__(self, model: Autoencoder, losses: ReconstructionConfig, seed: int) -> None:
+        super().__init__()
+        self.model, self.seed = model, seed
+        self.losses = Reconstruction(losses)
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """See :class:`Phase`."""
+        x = batch["image"]
+        moments = self.model.moments(x)
+        noise = Draws(self.seed, step, batch["position"]).normal("latent", moments.chunk(2, dim=1)[0])
+        return self.losses(x, self.model.decode(sampled(moments, noise)), moments)
+
+
+class BaseAutoencoderTask:
+    """Trains :class:`BaseAutoencoderPhase` and leaves a file in the LDM layout."""
+
+    def __init__(self, recipe: BaseAutoencoderRecipe, images: Images) -> None:
+        torch.manual_seed(recipe.run.seed)
+        self.base = bases.base_of(recipe.model, recipe.family)
+        self.model = Autoencoder(recipe.model)
+        start_certain(self.model.quant_conv or self.model.encoder.conv_out)
+        if recipe.run.compile:
+            self.model.encoder.compile()
+            self.model.decoder.compile()
+        self.images = images
+        self.phases: dict[str, Phase] = {
+            "autoencoder": BaseAutoencoderPhase(self.model, recipe.losses, recipe.run.seed)
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        self.phases["autoencoder"].to(device)
+
+    def sheet(self, batch: Batch) -> torch.Tensor:
+        """Images above their reconstructions."""
+        x = batch["image"][:8]
+        return tile([x, self.model.decode(self.model.encode(x)).float()])
+
+    def export(self, folder: Path) -> list[Path]:
+        """The autoencoder in fp32, with the name of its family."""
+        state = self.model.state_dict()
+        if self.base.normalisation is not None:
+            _, std = statistics(self.model.encode(x) for x in self.images())
+            spread = float(std.square().mean().sqrt())
+            state = scaled(state, 1 / self.base.normalisation[1] / spread)
+        family = {bases.BASE_KEY: self.base.name} if self.base.name else {}
+        files.save(folder / tiny.BASE_AUTOENCODER, state, {"modelspec.title": "Base autoencoder", **family})
+        return [folder / tiny.BASE_AUTOENCODER]
+
+
+def scaled(state: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
+    """The same autoencoder with a latent ``factor`` times as large: folded into the two convolutions beside it."""
+    state = dict(state)
+    before, after = "encoder.conv_out", "decoder.conv_in"
+    if "quant_conv.weight" in state:
+        before, after = "quant_conv", "post_quant_conv"
+    weight, bias = state[f"{before}.weight"].clone(), state[f"{before}.bias"].clone()
+    channels = weight.shape[0] // 2  # means first, then log-variances
+    weight[:channels] *= factor
+    bias[:channels] *= factor
+    bias[channels:] += 2 * torch.log(torch.tensor(factor))
+    state[f"{before}.weight"], state[f"{before}.bias"] = weight, bias
+    state[f"{after}.weight"] = state[f"{after}.weight"] / factor
+    return state
+
+
+def train(recipe: BaseAutoencoderRecipe) -> int:
+    """Train on the images of the recipe; the exit code."""
+    return launch(recipe, recipe.model.factor, lambda images: BaseAutoencoderTask(recipe, images))

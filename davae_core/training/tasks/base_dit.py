@@ -1,0 +1,146 @@
+"""Train an MMDiT in SD3.5's layout and a text encoder of word embeddings from nothing: the base of the tiny models.
+
+    python -m davae_core.training base_dit micro --help
+
+Writes a diffusion model that ComfyUI loads as an SD3.5 model, and the text encoder for it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ... import bases, checkpoints, tiny
+from ... import sampling as sampler
+from ...checkpoints import files
+from ...errors import DAVAEError
+from ...images import tile
+from ...mmdit import MMDiT, MMDiTConfig, sincos_grid
+from ...text_encoder import TextEncoder, TextEncoderConfig
+from .. import pretrained
+from ..data import sources
+from ..data.dataset import DataConfig
+from ..data.draws import Draws
+from ..data.latents import LatentCache
+from ..objective import FlowConfig, noised
+from ..run.config import OptimiserConfig, RunConfig
+from ..run.launch import Images, launch
+from ..run.task import Batch, Losses, Phase
+from ..text.captions import thinned, vocabulary
+
+SHEET_IMAGES, SHEET_STEPS = 8, 20
+
+
+@dataclass(frozen=True)
+class BaseDiTRecipe:
+    """A base diffusion model on the latents of a base autoencoder."""
+
+    data: DataConfig
+    run: RunConfig
+    autoencoder: Path
+    """File of the base autoencoder."""
+    optimiser: OptimiserConfig = OptimiserConfig()
+    flow: FlowConfig = FlowConfig()
+    model: MMDiTConfig = MMDiTConfig()
+    text_length: int = 8
+    """Tokens of a prompt."""
+    keep_latents: bool = False
+    """Keep the latents of all images in memory."""
+    cfg: float = 2.5
+    """Guidance scale of the sample sheets."""
+
+
+class BaseDiTPhase(Phase):
+    """Flow matching on latents in the model's units."""
+
+    def __init__(self, model: MMDiT, text: TextEncoder, latents: LatentCache, config: FlowConfig, seed: int) -> None:
+        super().__init__()
+        self.model, self.text = model, text
+        self.latents, self.config, self.seed = latents, config, seed
+
+    def forward(self, batch: Batch, step: int) -> Losses:
+        """See :class:`Phase`."""
+        x0 = self.latents(batch["image"])
+        draws = Draws(self.seed, step, batch["position"])
+        captions = thinned(batch["caption"], draws, self.config.prompt_dropout, self.config.word_dropout)
+        context, pooled = sampler.encode_captions(self.text, captions)
+        point = noised(x0, draws, self.config)
+        prediction = self.model(point.x, point.t, context, pooled)
+        error = ((prediction.float() - point.target) ** 2).mean(dim=(1, 2, 3))
+        loss = error.mean() if point.weight is None else (error * point.weight).mean()
+        return {"loss": loss, "error": error.mean()}
+
+
+class BaseDiTTask:
+    """Trains :class:`BaseDiTPhase`; leaves the model and the text encoder."""
+
+    def __init__(self, recipe: BaseDiTRecipe, images: Images) -> None:
+        self.recipe = recipe
+        self.autoencoder = pretrained.base_vae(recipe.autoencoder).requires_grad_(False)
+        self.shift, self.scale = bases.SD3_SHIFT, bases.SD3_SCALE
+        captions = [caption for source in sources.index(recipe.data.images) for caption in source.captions]
+        if not any(captions):
+            raise DAVAEError("none of the images has a caption; put a .txt beside each image")
+        torch.manual_seed(recipe.run.seed)
+        config = TextEncoderConfig(vocabulary(captions), recipe.text_length, recipe.model.context, recipe.model.pooled)
+        self.text = TextEncoder(config)
+        nn.init.normal_(self.text.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text.position_embedding, std=0.02)
+        self.model = fresh(recipe.model)
+        if recipe.run.compile:
+            self.model.compile()
+        latents = LatentCache(self.encode, recipe.keep_latents)
+        self.phases: dict[str, Phase] = {
+            "dit": BaseDiTPhase(self.model, self.text, latents, recipe.flow, recipe.run.seed)
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Move the model, the text encoder and the autoencoder."""
+        self.phases["dit"].to(device)
+        self.autoencoder.to(device)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to latents in the model's units."""
+        return (self.autoencoder.encode(x).float() - self.shift) * self.scale
+
+    def sheet(self, batch: Batch) -> torch.Tensor:
+        """Images above samples with their captions."""
+        x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
+        noise = sampler.initial_noise(0, range(len(x)), self.encode(x).shape[1:]).to(x.device)
+        sampling = sampler.Sampling(self.recipe.flow.shift, self.recipe.cfg, SHEET_STEPS)
+        z = sampler.sample(self.model, self.text, captions, noise, sampling)
+        return tile([x, self.autoencoder.decode(z / self.scale + self.shift).float()])
+
+    def export(self, folder: Path) -> list[Path]:
+        """The diffusion model and the text encoder, fp32."""
+        files.save(folder / tiny.MODEL, self.model.state_dict(), {"modelspec.title": "Base diffusion model"})
+        checkpoints.save_text_encoder(folder / tiny.TEXT_ENCODER, self.text)
+        return [folder / tiny.MODEL, folder / tiny.TEXT_ENCODER]
+
+
+def fresh(config: MMDiTConfig) -> MMDiT:
+    """A new model: every block starts as the identity, the prediction at zero (as in DiT, arXiv 2212.09748)."""
+    model = MMDiT(config)
+    model.get_buffer("pos_embed").copy_(sincos_grid(config.grid, config.hidden))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))
+    for embedder in (model.t_embedder, model.y_embedder):
+        for name, weight in embedder.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(weight, std=0.02)
+    for name, weight in model.named_parameters():
+        if "adaLN_modulation" in name:
+            nn.init.zeros_(weight)
+    nn.init.zeros_(model.final_layer.linear.weight)
+    return model
+
+
+def train(recipe: BaseDiTRecipe) -> int:
+    """Train on the images of the recipe; the exit code."""
+    multiple = 8 * recipe.model.patch
+    # The last block's text queries are read by nobody: the norm of these queries gets no gradient.
+    return launch(recipe, multiple, lambda images: BaseDiTTask(recipe, images), unused=True)

@@ -1,0 +1,1 @@
+"""Captions, and what a model reads of them."""
