@@ -15,7 +15,6 @@ An adapter's tensors:
 Rows of a head are [token position, channel], channel innermost, in the SD3.5 layout.
 """
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ def zero_adapter(
         latent: the latent to adapt to; its base channels must be the model's.
         rank: LoRA rank (and alpha); 0 for no LoRA.
         targets: keys of :data:`LORA_MODULES`.
-        generator: draws the LoRA's first factors.
+        generator: draws the LoRA's first factors, normal with standard deviation 1 / rank as in the release.
     """
     if model.in_channels != latent.base_channels or model.out_channels != latent.base_channels:
         raise DAVAEError(
@@ -152,10 +151,8 @@ def zero_adapter(
                 continue
             out_features, in_features = _module_shape(module, model, block)
             name = f"{MMDIT.lora_block.format(block)}{module}"
-            spread = 1 / math.sqrt(in_features)
-            state[f"{name}.lora_A.weight"] = torch.empty(rank, in_features).uniform_(
-                -spread, spread, generator=generator
-            )
+            first = torch.empty(rank, in_features)
+            state[f"{name}.lora_A.weight"] = first.normal_(std=1 / rank, generator=generator)
             state[f"{name}.lora_B.weight"] = torch.zeros(out_features, rank)
             state[f"{name}.alpha"] = torch.tensor(float(rank))
     return Adapter(AdapterConfig(latent, model.hidden, model.patch), state)

@@ -29,13 +29,6 @@ def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def logit_normal_time(
-    batch: int, *, shift: float = 1.0, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """Training times ``[batch]`` in (0, 1): the logistic function of a normal variable, then shifted."""
-    return shift_time(torch.sigmoid(mean + std * torch.randn(batch, generator=generator)), shift)
-
-
 def detail_weight(step: int, warmup: int) -> float:
     """Weight w(n) of the detail channels in the loss (eq. 12): half a cosine from 0 to 1, then 1."""
     if warmup <= 0 or step >= warmup:
@@ -44,11 +37,12 @@ def detail_weight(step: int, warmup: int) -> float:
 
 
 def min_snr_weight(t: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Weight ``[B]`` of the squared velocity error that weighs the error of x_0 by min(SNR, gamma).
+    """Weight ``[B]`` of the squared velocity error that weighs the squared error of x_0 by min(SNR, gamma).
 
-    Source: min-SNR (arXiv 2303.09556) with SNR = ((1 - t) / t)^2; the error of x_0 is t times that of the velocity.
+    Source: min-SNR (arXiv 2303.09556) as in the release of DA-VAE, where SNR = (1 - t) / t, not squared. The error of
+    x_0 is t times that of the velocity.
     """
-    return torch.minimum((1 - t) ** 2, gamma * t**2)
+    return torch.minimum(t * (1 - t), gamma * t**2)
 
 
 def flow_loss(

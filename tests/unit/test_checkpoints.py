@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from davae_core import atomic
 from davae_core.adapter import PAPER_TARGETS, Adapter, Recommended, merge, zero_adapter
 from davae_core.autoencoder import Autoencoder
 from davae_core.checkpoints import (
@@ -38,6 +39,7 @@ from davae_core.checkpoints import (
 from davae_core.davae import DAVAE
 from davae_core.errors import CheckpointError
 from davae_core.latent import LatentSpec
+from davae_core.lock import holding
 from davae_core.mmdit import MMDiT
 from davae_core.text_encoder import TextEncoder, TextEncoderConfig
 
@@ -746,11 +748,17 @@ def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
     assert torch.equal(state["half"], whole[:3])
 
 
-def test_the_remains_of_a_killed_save_are_removed_by_the_next(tmp_path: Path) -> None:
-    (tmp_path / ".x.safetensors.12345.part").write_bytes(b"half")
-    (tmp_path / ".y.safetensors.12345.part").write_bytes(b"of another file")
-    files.save(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".y.safetensors.12345.part", "x.safetensors"]
+def test_the_remains_of_a_killed_save_are_removed_by_the_next_and_those_of_a_live_one_stay(tmp_path: Path) -> None:
+    for name in ("dead", "live", "new"):
+        (tmp_path / f".x.safetensors.{name}.part").mkdir()
+    (tmp_path / ".y.safetensors.dead.part").mkdir()
+    for name in ("dead", "live"):
+        (tmp_path / f".x.safetensors.{name}.part" / atomic.LOCK).touch()
+    with holding(tmp_path / ".x.safetensors.live.part" / atomic.LOCK) as free:
+        assert free
+        files.save(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    left = {".x.safetensors.live.part", ".x.safetensors.new.part", ".y.safetensors.dead.part", "x.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == left
 
 
 def test_a_merged_model_that_lacks_a_block_tensor_is_told(written: dict[str, Path]) -> None:

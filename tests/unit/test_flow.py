@@ -11,7 +11,7 @@ from davae_core.flow import (
     detail_weight,
     flow_loss,
     guided,
-    logit_normal_time,
+    min_snr_weight,
     sample_euler,
     shift_time,
     sigmas,
@@ -52,25 +52,6 @@ def test_shift_keeps_both_ends_and_is_undone_by_its_inverse() -> None:
 def test_shift_that_is_not_above_zero_is_refused(shift: float) -> None:
     with pytest.raises(DAVAEError, match="shift must be above 0"):
         shift_time(torch.tensor(0.5), shift)
-
-
-@pytest.mark.parametrize("shift", [1.0, 4.0])
-def test_training_times_are_shifted_logistic_of_a_normal(shift: float) -> None:
-    normal = torch.randn(1000, generator=torch.Generator().manual_seed(3))
-    t = logit_normal_time(1000, shift=shift, mean=0.5, std=2.0, generator=torch.Generator().manual_seed(3))
-    assert torch.allclose(t, shift / (shift + torch.exp(-(0.5 + 2.0 * normal))), atol=1e-6)
-
-
-def test_training_times_lie_inside_zero_and_one_and_follow_the_seed() -> None:
-    def draw(seed: int) -> torch.Tensor:
-        return logit_normal_time(10_000, shift=4.0, generator=torch.Generator().manual_seed(seed))
-
-    t = draw(0)
-    assert t.shape == (10_000,)
-    assert t.min() > 0
-    assert t.max() < 1
-    assert torch.equal(t, draw(0))
-    assert not torch.equal(t, draw(1))
 
 
 @pytest.mark.parametrize(
@@ -166,3 +147,21 @@ def test_guidance_of_one_never_asks_for_the_negative() -> None:
 
     guided(model, cfg=1.0)(torch.zeros(1), torch.zeros(1))
     assert asked == [True]
+
+
+def test_min_snr_weighs_as_the_release_does() -> None:
+    """Its loss: the squared error of x_0 = x_t - t v, times (1 - t) / t, at most 5."""
+    x0, noise, prediction = torch.randn(3, 6, 2, 4, 4).double()
+    t = torch.tensor([0.02, 0.1, 1 / 6, 0.5, 0.8, 0.98]).double()
+    at = t.view(-1, 1, 1, 1)
+    estimate = add_noise(x0, noise, t) - at * prediction
+    theirs = ((estimate - x0) ** 2).mean(dim=(1, 2, 3)) * ((1 - t) / t).clamp(max=5.0)
+    ours = ((prediction - velocity(x0, noise)) ** 2).mean(dim=(1, 2, 3)) * min_snr_weight(t, 5.0)
+    assert torch.allclose(ours, theirs, rtol=1e-9)
+
+
+def test_at_shift_four_the_noisier_half_has_a_third_of_the_weight() -> None:
+    """31 % for t >= 0.8; with the SNR squared it would be 9.5 %."""
+    t = shift_time(torch.sigmoid(torch.randn(200_000, generator=torch.Generator().manual_seed(0))), 4.0)
+    weight = min_snr_weight(t, 5.0)
+    assert float(weight[t >= 0.8].sum() / weight.sum()) == pytest.approx(0.31, abs=0.01)

@@ -34,13 +34,14 @@ SD35M_1024 = AdapterRecipe(
     autoencoder=tyro.MISSING,
     # They: T5 at up to 512 tokens. Here what the folder holds: ComfyUI's 77 of CLIP and then T5's.
     embeddings=tyro.MISSING,
-    # Betas and warm-up are not published: AdamW's own betas.
-    optimiser=OptimiserConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, clip=1.0, warmup=500, ema=0.999),
-    # They let the network predict x0 by preconditioning, weighted by min-SNR with gamma 5. The error of x0 is t times
-    # that of the velocity, so flow.min_snr_weight makes the same loss of the velocity, which SD3.5 predicts.
+    # Theirs: rate, betas, decay, clipping, average. Ours: 500 steps of warm-up where they have none, because the new
+    # layers' first gradients are the largest. They skip steps whose gradient is above 10; here these are clipped too.
+    optimiser=OptimiserConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, clip=0.5, warmup=500, ema=0.999),
+    # Theirs: the network predicts x0 by preconditioning, its squared error weighted by min(SNR, 5) with
+    # SNR = (1 - t) / t. flow.min_snr_weight makes the same loss of the velocity, which SD3.5 predicts.
     # Shift 4 is published for 2048 px alone.
     flow=FlowConfig(shift=4.0, time_mean=0.0, time_std=1.0, prompt_dropout=0.1, word_dropout=0.0, min_snr=5.0),
-    rank=256,
+    rank=256,  # theirs, as is the first factors' standard deviation of 1 / rank
     targets=PAPER_TARGETS,
     detail_warmup=10_000,
     gradient_checkpointing=True,

@@ -29,6 +29,7 @@ from PIL import Image
 
 from ... import atomic
 from ...errors import DAVAEError
+from ...images import on_white
 from .captions import Captions, load_captions
 
 PARTS = ("train", "held_out", "other")
@@ -181,12 +182,6 @@ def read_names(path: Path) -> dict[str, str]:
         if emoji.get("group", components) not in (components, flags) and not emoji["label"].startswith("keycap"):
             names.setdefault(plain_name(emoji["label"]), plain_codepoints(emoji["hexcode"]))
     return names
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """Put an image with alpha on white."""
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def draw_picture(data: bytes, size: int) -> Image.Image:

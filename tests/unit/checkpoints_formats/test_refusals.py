@@ -180,7 +180,7 @@ def test_native_files_and_strangers_are_told_apart(tmp_path: Path, refused, make
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_the_reason_and_status_one(tmp_path: Path, root: Path) -> None:
+def test_the_command_ends_with_the_reason_and_status_two(tmp_path: Path, root: Path) -> None:
     told = subprocess.run(
         [sys.executable, "-m", "davae_core.checkpoints.inspect", str(tmp_path / "nothing.safetensors")],
         cwd=root,
@@ -188,5 +188,5 @@ def test_the_command_ends_with_the_reason_and_status_one(tmp_path: Path, root: P
         text=True,
         check=False,
     )
-    assert told.returncode == 1 and told.stderr.startswith("error: ") and "does not exist" in told.stderr
+    assert told.returncode == 2 and told.stderr.startswith("error: ") and "does not exist" in told.stderr
     assert inspect.parser().prog == "python -m davae_core.checkpoints.inspect"

@@ -11,6 +11,7 @@ from davae_core.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from davae_core.bases import SD3_SCALE
 from davae_core.checkpoints import files
 from davae_core.errors import DAVAEError
+from davae_core.training import objective
 from davae_core.training.data import dataset
 from davae_core.training.pretrained import base_vae as load
 from davae_core.training.recipes.tiny import AUTOENCODER, BASE_AUTOENCODER
@@ -58,7 +59,7 @@ def test_the_exported_base_latent_has_the_spread_that_sd3_expects(stages: Any) -
     command = stages.command("base_autoencoder", stages.folder("base_autoencoder"), 2)
     recipe = from_command_line(BASE_AUTOENCODER, "", command)
     model = load(stages.file("base_autoencoder"))
-    _, std = launch.statistics(model.encode(x) for x in survey(recipe, 8))
+    _, std = objective.statistics(model.encode(x) for x in survey(recipe, 8))
     assert float(std.square().mean().sqrt()) * SD3_SCALE == pytest.approx(1, rel=1e-4)
 
 
@@ -72,14 +73,14 @@ def test_the_exported_base_reconstructs_as_the_trained_one(stages: Any) -> None:
 
 def test_statistics_are_those_of_all_latents_together() -> None:
     parts = [torch.randn(3, 4, 2, 2) * 2 + 1, torch.randn(1, 4, 2, 2), torch.randn(2, 4, 6, 2) - 5]
-    mean, std = launch.statistics(parts)
+    mean, std = objective.statistics(parts)
     values = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
     assert torch.allclose(mean, values.mean(dim=1), atol=1e-5)
     assert torch.allclose(std, values.std(dim=1, correction=0), atol=1e-5)
 
 
 def test_statistics_of_a_large_offset_keep_their_digits() -> None:
-    _, std = launch.statistics([1000 + 0.1 * torch.randn(4, 1, 64, 64)])
+    _, std = objective.statistics([1000 + 0.1 * torch.randn(4, 1, 64, 64)])
     assert float(std) == pytest.approx(0.1, rel=0.02)
 
 
@@ -87,7 +88,7 @@ def test_statistics_of_a_large_offset_keep_their_digits() -> None:
 def test_the_statistics_in_the_file_are_those_of_its_detail_latents(stages: Any) -> None:
     recipe = from_command_line(AUTOENCODER, "", stages.command("autoencoder", stages.folder("autoencoder"), 2))
     model = checkpoints.load_autoencoder(stages.file("autoencoder"))
-    mean, std = launch.statistics(model.encode_detail(x) for x in survey(recipe, 16))
+    mean, std = objective.statistics(model.encode_detail(x) for x in survey(recipe, 16))
     assert torch.allclose(torch.tensor(model.latent.detail_mean), mean, atol=1e-5)
     assert torch.allclose(torch.tensor(model.latent.detail_std), std, rtol=1e-4)
     z = torch.cat([model.latent.normalise(model.encode(x))[:, 16:] for x in survey(recipe, 16)])

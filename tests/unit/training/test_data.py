@@ -337,7 +337,7 @@ def test_shards_give_the_same_training_as_the_folder_they_came_from(config: Data
 def test_loading_survives_signals_that_reach_all_processes(config: DataConfig, number: signal.Signals) -> None:
     program = f"""
 import os, signal
-from davae_core.training.data import DataConfig, loader
+from davae_core.training.data.dataset import DataConfig, loader
 signal.signal({int(number)}, lambda *_: None)
 batches = iter(loader(DataConfig(({config.images[0]!r},), size=32, workers=2), 4, 0, 8, steps=40))
 steps = [next(batches)["step"]]

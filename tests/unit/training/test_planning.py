@@ -251,7 +251,7 @@ def test_the_plan_of_both_stages_is_printed_with_its_formulas(capsys: pytest.Cap
 
 @pytest.mark.parametrize(("recipe", "memory"), [("sd35m_1024", 24), ("sd35m_2048", 24), ("sd3_vae_f16", 24)])
 def test_the_recipes_own_micro_batches_fit_24_gb(recipe: str, memory: int, capsys: pytest.CaptureFixture[str]) -> None:
-    known = {**plan.recipes.ADAPTER, **plan.recipes.AUTOENCODER}
+    known = {**plan.STAGES["adapter"].recipes, **plan.STAGES["autoencoder"].recipes}
     micro = known[recipe][1].run.micro_batch
     args = f"--gpus 1 --memory {memory} --recipe {recipe} --micro-batch {micro}"
     assert report(*args.split(), capsys=capsys)[0] == 0
@@ -260,7 +260,7 @@ def test_the_recipes_own_micro_batches_fit_24_gb(recipe: str, memory: int, capsy
 
 
 def test_more_memory_takes_more_images_at_once() -> None:
-    recipe = plan.recipes.ADAPTER["sd35m_1024"][1]
+    recipe = plan.STAGES["adapter"].recipes["sd35m_1024"][1]
     small, large = (plan.plan("r", recipe, plan.PlanConfig(gpus=8, memory=memory)) for memory in (24, 80))
     assert small.fits and small.micro_batch < large.micro_batch == 12
 

@@ -31,6 +31,7 @@ def test_every_recipe_has_its_name_on_the_command_line() -> None:
 def test_the_published_figures_of_stage_two(recipe: adapter.AdapterRecipe) -> None:
     assert (recipe.run.batch, recipe.rank, recipe.flow.shift, recipe.flow.min_snr) == (96, 256, 4.0, 5.0)
     assert (recipe.optimiser.lr, recipe.optimiser.weight_decay, recipe.optimiser.ema) == (1e-4, 0.0, 0.999)
+    assert (recipe.optimiser.betas, recipe.optimiser.clip) == ((0.9, 0.999), 0.5)
     assert (recipe.flow.prompt_dropout, recipe.recommended.cfg, recipe.recommended.steps) == (0.1, 2.5, 30)
     assert recipe.run.precision == "bf16" and recipe.gradient_checkpointing
     assert recipe.targets == ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2", "norm1.linear")
@@ -42,6 +43,7 @@ def test_the_published_figures_of_stage_one() -> None:
     assert (recipe.losses.l1, recipe.losses.perceptual, recipe.losses.kl) == (2.0, 1.0, 1e-7)
     assert (recipe.alignment.weight, recipe.alignment.adaptive, recipe.critic.weight) == (0.2, False, 0.0)
     assert (recipe.optimiser.lr, recipe.optimiser.weight_decay, recipe.optimiser.clip) == (1e-4, 1e-4, 1.0)
+    assert (recipe.optimiser.betas, recipe.optimiser.warmup) == ((0.9, 0.99), 1000)
     assert (recipe.run.batch, recipe.run.precision, recipe.data.size) == (128, "bf16", 1024)
     assert (recipe.detail_channels, recipe.scale, recipe.train_trunk) == (16, 2, False)
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 
 from davae_core.checkpoints import files
 from davae_core.errors import CheckpointError, DAVAEError
+from davae_core.training import stages as entry
 from davae_core.training.run import state
-from davae_core.training.tasks import adapter
 
 OPTIONS = {
     "base_autoencoder": "",
@@ -183,8 +182,7 @@ def run_apart(stages: Any, out: Path, saves: int | None = None, pause: float = 0
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["davae_core.training.stages"])
     command = stages.command("adapter", out, 25, "--run.resume", "--run.save-minutes", "0")
-    run: Callable[..., int] = adapter.main
-    child = processes.Process(target=run, args=(command,))
+    child = processes.Process(target=entry.run, args=("adapter", command))
     child.start()
     if saves is not None:
         seen = [saved_at(out)]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from davae_core import atomic
 from davae_core.errors import DAVAEError
 from davae_core.training.tiny.captions import Captions, load_captions
 from davae_core.training.tiny.data import (
@@ -264,7 +265,10 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_files(archives: dict[str, Ar
     (config.out / "manifest.json").rename(config.out / "manifest.json.unfinished")
     for gone in ("train/noto/peach.png", "train/noto/peach.txt", "other/3d/kite.png"):
         (config.out / gone).unlink()
-    (config.out / "train/noto/peach.png.part").write_bytes(b"half")
+    aside = config.out / f"train/noto/.peach.png.killed{atomic.PART}"
+    aside.mkdir()
+    (aside / "peach.png").write_bytes(b"half")
+    (aside / atomic.LOCK).touch()
     kept = config.out / "train" / "3d" / "peach.png"
     before = kept.stat().st_mtime_ns
     prepare(config, CAPTIONS, archives)
