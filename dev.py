@@ -3,7 +3,8 @@
 
     python dev.py setup    make the environment: a ComfyUI, torch, what both need, the test tools
     python dev.py demo     run the nodes in a real ComfyUI and write images
-    python dev.py test     run the tests; arguments go to pytest
+    python dev.py test     run the tests, in two workers where there are two cores; --all adds the slow ones;
+                           arguments go to pytest
     python dev.py ui       serve ComfyUI with the pack on this machine
     python dev.py bench    time the models beside what a user would run instead; --help tells the arguments
 
@@ -72,7 +73,19 @@ def test(options: argparse.Namespace) -> int:
         )
     if chromium.find_chromium() is None:
         say(chromium.MISSING)
-    return run([str(python), "-m", "pytest", *(options.rest or ["tests"])])
+    return run([str(python), "-m", "pytest", *workers(python, options.rest), *(options.rest or ["tests"])])
+
+
+def workers(python: Path, arguments: list[str]) -> list[str]:
+    """What makes pytest use two processes, where there are two cores and the arguments leave it the choice."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = any(argument.startswith(("-n", "--numprocesses", "--dist")) for argument in arguments)
+    if cores < 2 or own or {"--pdb", "--trace", "-s", "--capture=no"} & set(arguments):
+        return []
+    if subprocess.run([str(python), "-c", "import xdist"], capture_output=True).returncode:
+        say(f"{python} has no pytest-xdist: the tests run in one process")
+        return []
+    return ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
 
 
 def ui(options: argparse.Namespace) -> int:
@@ -122,8 +135,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     demo_parser.add_argument(
         "--out", metavar="DIR", default="output/demo", help="where the images go (default: %(default)s)"
     )
-    tests = task(test, "run the tests; all arguments go to pytest (default: tests)")
-    tests.usage = "dev.py test [pytest arguments]"
+    tests = task(test, "run the tests but for the slow ones; all arguments go to pytest (default: tests)")
+    tests.usage = "dev.py test [--all] [--precision bf16 | fp32] [-n WORKERS] [pytest arguments]"
     benches = task(bench, "time the models beside what a user would run instead; all arguments go to the benchmarks")
     benches.usage = "dev.py bench [--quick | --long] [--json FILE] ..."
     ui_parser = task(ui, "serve ComfyUI with the pack on this machine")

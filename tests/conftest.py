@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest_plugins = ["harness.suite"]
 
 # ComfyUI has top-level modules called `nodes`, `utils`, `server` and `app`; this repository has a folder `nodes`. So
 # the repository goes to the end of sys.path, to have `davae_core` and `harness` found by name, and HeadlessComfy puts
