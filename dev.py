@@ -77,10 +77,11 @@ def test(options: argparse.Namespace) -> int:
 
 
 def workers(python: Path, arguments: list[str]) -> list[str]:
-    """What makes pytest use two processes, where there are two cores and the arguments leave it the choice."""
+    """What makes pytest use two processes: where there are two cores, for the suite or its folders, not for a file."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = any(argument.startswith(("-n", "--numprocesses", "--dist")) for argument in arguments)
-    if cores < 2 or own or {"--pdb", "--trace", "-s", "--capture=no"} & set(arguments):
+    chosen = any(argument.startswith(("-n", "--numprocesses", "--dist")) for argument in arguments)
+    watched = {"--pdb", "--trace", "-s", "--capture=no"} & set(arguments)
+    if cores < 2 or chosen or watched or any(".py" in argument for argument in arguments):
         return []
     if subprocess.run([str(python), "-c", "import xdist"], capture_output=True).returncode:
         say(f"{python} has no pytest-xdist: the tests run in one process")

@@ -65,5 +65,7 @@ def rank(group: str) -> int:
 
 def shared(item: pytest.Item) -> str:
     """The name of the tests that stay together with this one: of a shared fixture, or of a file."""
-    fixtures = getattr(item, "fixturenames", ())
-    return next((name for name in SHARED if name in fixtures), item.nodeid.partition("::")[0])
+    definitions = getattr(item, "_fixtureinfo", None)
+    found = definitions.name2fixturedefs if definitions else {}
+    session = {name for name in SHARED if name in found and found[name][-1].scope == "session"}
+    return next((name for name in SHARED if name in session), item.nodeid.partition("::")[0])

@@ -135,7 +135,6 @@ def test_the_base_latent_is_that_of_comfyuis_own_vae(comfy, run, davae_file, lay
     assert (out["our image"] - out["stock image"]).abs().max() <= 1e-4
 
 
-@pytest.mark.slow
 def test_comfyuis_loader_reads_the_sd1_layout_as_we_do(base, run):
     """At full width, where its VAE Loader recognises the file."""
     torch.manual_seed(0)

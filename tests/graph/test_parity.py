@@ -57,7 +57,6 @@ def test_our_mmdit_is_comfyuis(comfy, config, size):
     assert (ours(x, t, context, pooled) - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.slow
 @torch.inference_mode()
 def test_our_autoencoder_is_comfyuis_sd3_vae(comfy):
     import comfy.sd

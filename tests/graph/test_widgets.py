@@ -126,7 +126,6 @@ def test_all_numbers_of_a_node_at_their_least_and_at_their_largest_together(benc
     assert not any(complaints), "\n\n".join(filter(None, complaints))
 
 
-@pytest.mark.slow
 def test_every_choice_of_every_drop_down(bench):
     tried, complaints = 0, []
     for node in bench.nodes:

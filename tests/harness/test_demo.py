@@ -43,7 +43,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, comfyui) -> Run:
     return Run(out, done.stdout)
 
 
-@pytest.mark.slow
 def test_every_prompt_gives_every_picture(run: Run) -> None:
     wanted = {f"{start}_{name}.png" for start in ("1_3d_peach", "2_flat_xyzzy") for name in PICTURES} | {"sheet.png"}
     assert {file.name for file in run.out.iterdir()} == wanted
@@ -52,14 +51,12 @@ def test_every_prompt_gives_every_picture(run: Run) -> None:
     assert sizes["tiny_roundtrip"] == sizes["tiny_davae"] and sizes["tiny_roundtrip_base"] == sizes["tiny_native"]
 
 
-@pytest.mark.slow
 def test_the_prompt_is_what_is_drawn(run: Run) -> None:
     for name in PICTURES:
         one, two = (np.asarray(Image.open(run.out / f"{p}_{name}.png")) for p in ("1_3d_peach", "2_flat_xyzzy"))
         assert (one != two).any(), name
 
 
-@pytest.mark.slow
 def test_it_says_where_the_pictures_are_and_how_long_each_step_took(run: Run) -> None:
     for file in run.out.iterdir():
         assert str(file) in run.text
@@ -70,18 +67,15 @@ def test_it_says_where_the_pictures_are_and_how_long_each_step_took(run: Run) ->
     assert "(30 steps, " in first and " ms each)" in first
 
 
-@pytest.mark.slow
 def test_it_says_which_words_are_unknown_and_names_known_ones(run: Run) -> None:
     assert '"flat xyzzy": the tiny model does not know xyzzy' in run.text
     assert "styles: 3d, flat" in run.text and '"3d peach": the' not in run.text
 
 
-@pytest.mark.slow
 def test_the_models_are_the_trained_ones_of_the_pack(run: Run) -> None:
     assert "UNTRAINED" not in run.text
 
 
-@pytest.mark.slow
 def test_the_round_trip_is_measured(run: Run) -> None:
     expected = demo.psnr(run.out / "1_3d_peach_tiny_davae.png", run.out / "1_3d_peach_tiny_roundtrip.png")
     assert f'"3d peach", encoded and decoded again: {expected:.1f} dB PSNR' in run.text

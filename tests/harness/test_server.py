@@ -113,7 +113,6 @@ def test_an_invalid_prompt_is_reported_by_node(server):
 
 
 @pytest.mark.server
-@pytest.mark.slow
 def test_a_pack_that_cannot_be_imported_stops_the_server(comfyui, tmp_path):
     broken = tmp_path / "broken-pack"
     broken.mkdir()
