@@ -24,6 +24,8 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"
 ARGUMENTS += ["--disable-background-networking", "--disable-component-update"]
 ARGUMENTS += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 
+PATIENCE = 300_000  # milliseconds: a machine under load is slow, not wrong
+
 READY = "() => Boolean(window.app?.graph && window.app?.extensionManager)"
 
 NODE_IDS = "() => window.app.graph._nodes.map((node) => Number(node.id)).sort((a, b) => a - b)"
@@ -62,8 +64,9 @@ class ComfyPage:
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
         page.on("console", self._on_console)
-        page.goto(url)
-        page.wait_for_function(READY, timeout=90_000)
+        page.set_default_timeout(PATIENCE)
+        page.goto(url, timeout=PATIENCE)
+        page.wait_for_function(READY)
 
     def load_workflow(self, workflow: dict) -> None:
         """Opens a workflow in the UI's format on the canvas.

@@ -47,7 +47,7 @@ class RealServer:
     """
 
     def __init__(
-        self, base: Path, comfyui: ComfyUI, python: str | Path = sys.executable, boot_timeout: float = 180.0
+        self, base: Path, comfyui: ComfyUI, python: str | Path = sys.executable, boot_timeout: float = 600.0
     ) -> None:
         self.base = Path(base).resolve()
         self.comfyui = comfyui
@@ -125,7 +125,7 @@ class RealServer:
 
     def get(self, path: str) -> bytes:
         """The body of a GET request."""
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+        with urllib.request.urlopen(self.url + path, timeout=300) as response:
             return response.read()
 
     def get_json(self, path: str) -> dict:
@@ -137,7 +137,7 @@ class RealServer:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=300) as response:
                 answer = response.read()
         except urllib.error.HTTPError as error:
             answer = error.read()

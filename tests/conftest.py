@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -56,10 +57,23 @@ def server(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Iterat
 
 @pytest.fixture
 def browser_page(server: RealServer) -> Iterator[ComfyPage]:
-    """ComfyUI's front end in a fresh Chromium; without one it skips, or fails where DAVAE_REQUIRE_BROWSER=1.
+    """ComfyUI's front end in a fresh Chromium; without one it skips, or fails where DAVAE_REQUIRE_BROWSER=1."""
+    with _browser(server) as page:
+        yield page
 
-    Not kept between tests: Playwright holds an event loop in this thread while it is open.
+
+@pytest.fixture(scope="module")
+def module_page(server: RealServer) -> Iterator[ComfyPage]:
+    """The same, open for all tests of a file.
+
+    Not longer: Playwright holds an event loop in this thread while it is open.
     """
+    with _browser(server) as page:
+        yield page
+
+
+@contextlib.contextmanager
+def _browser(server: RealServer) -> Iterator[ComfyPage]:
     reason = _why_no_browser()
     if reason and os.environ.get("DAVAE_REQUIRE_BROWSER") == "1":
         pytest.fail(f"{reason} (DAVAE_REQUIRE_BROWSER=1)")

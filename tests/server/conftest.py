@@ -35,6 +35,7 @@ def run_workflow() -> RunWorkflow:
 
 
 def _run_workflow(server: RealServer, page: ComfyPage, content: dict, shot: Path) -> list[Path]:
+    page.errors.clear()
     page.load_workflow(content)
     assert page.page.evaluate(WRONG_NODES) == []
     converted = workflow.to_prompt(content, server.object_info())

@@ -37,16 +37,16 @@ def test_the_server_runs_a_converted_file(server: RealServer) -> None:
 @pytest.mark.browser
 @pytest.mark.parametrize("name", TINY)
 def test_the_workflow_loads_runs_and_gives_its_pictures(
-    server: RealServer, browser_page: ComfyPage, name: str, run_workflow, tmp_path: Path
+    server: RealServer, module_page: ComfyPage, name: str, run_workflow, tmp_path: Path
 ) -> None:
     """No node is red, and the front end reads the file as the converter does."""
-    pictures = run_workflow(server, browser_page, workflow.read(FOLDER / f"{name}.json"), tmp_path / f"{name}.png")
+    pictures = run_workflow(server, module_page, workflow.read(FOLDER / f"{name}.json"), tmp_path / f"{name}.png")
     assert all(Image.open(picture).getextrema() for picture in pictures)
 
 
 @pytest.mark.browser
 def test_muted_and_bypassed_nodes_are_left_out_as_the_front_end_does(
-    server: RealServer, browser_page: ComfyPage
+    server: RealServer, module_page: ComfyPage
 ) -> None:
     """Modes 2 and 4, on every node of the DA-VAE workflow in turn."""
     content, info = workflow.read(FOLDER / "tiny_davae.json"), server.object_info()
@@ -54,6 +54,6 @@ def test_muted_and_bypassed_nodes_are_left_out_as_the_front_end_does(
         for mode in (workflow.MUTED, workflow.BYPASSED):
             changed = copy.deepcopy(content)
             changed["nodes"][index]["mode"] = mode
-            browser_page.load_workflow(changed)
-            there = browser_page.page.evaluate(TO_PROMPT)
+            module_page.load_workflow(changed)
+            there = module_page.page.evaluate(TO_PROMPT)
             assert there == workflow.to_prompt(changed, info), f"{node['title']}, mode {mode}"
