@@ -23,6 +23,7 @@ import torch
 
 from .bases import MMDIT
 from .errors import CheckpointError, DAVAEError
+from .history import History
 from .latent import LatentSpec
 from .mmdit import MMDiTConfig
 
@@ -102,10 +103,11 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: configuration and tensors, under the names listed at the top of this file."""
+    """An adapter: configuration, tensors under the names listed at the top of this file, and history if known."""
 
     config: AdapterConfig
     state: dict[str, torch.Tensor]
+    history: History | None = None
 
     def lora_state(self) -> dict[str, torch.Tensor]:
         """The LoRA tensors alone, named as diffusers and ComfyUI know them."""

@@ -20,7 +20,15 @@ from pathlib import Path
 
 from .locate import REPOSITORY
 
-COMPANY = ["torch", "torch.distributed.fsdp", "torch.utils.tensorboard", "accelerate", "safetensors.torch", "tyro", "PIL"]
+COMPANY = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "accelerate",
+    "safetensors.torch",
+    "tyro",
+    "PIL",
+]
 
 
 class Program:

@@ -1,6 +1,7 @@
 """Files: detect, load, save. Only safetensors; a save is whole or not at all."""
 
 from .detect import Detected, detect
+from .identify import identify
 from .native import (
     MergedModel,
     load_adapter,
@@ -17,6 +18,7 @@ __all__ = [
     "Detected",
     "MergedModel",
     "detect",
+    "identify",
     "load_adapter",
     "load_autoencoder",
     "load_merged",

@@ -12,11 +12,13 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import atomic, command
 from ..adapter import Recommended
 from ..bases import BASES
 from ..errors import CheckpointError
+from ..history import History, identity
 from ..mmdit import MMDiTConfig
 from . import authors_adapter, authors_autoencoder, export, files, lora, metadata, native, tensors, verify
 from .opening import Opened, Part, open_any
@@ -116,8 +118,11 @@ def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -
     if latent.channels != channels:
         raise CheckpointError(f"{beside[0]} tells of {latent.channels} channels, the model reads {channels}")
     title = args.title or "DA-VAE merged model"
-    config = metadata.latent_config(latent, recommended)
-    return metadata.build("model", config, title=title, author=args.author, licence=args.licence)
+    history = metadata.history_of(
+        {metadata.HISTORY: json.dumps(config["history"])} if "history" in config else {}, beside[0].name
+    )
+    by = {"title": title, "author": args.author, "licence": args.licence}
+    return metadata.build("model", metadata.latent_config(latent, recommended), **by, history=history)
 
 
 def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
@@ -135,7 +140,7 @@ def _file(args: argparse.Namespace, name: str) -> Path:
     return args.dst if args.dst.suffix == ".safetensors" else args.dst / f"{name}.safetensors"
 
 
-def _words(args: argparse.Namespace, default: str) -> dict[str, str]:
+def _words(args: argparse.Namespace, default: str) -> dict[str, Any]:
     return {"title": args.title or default, "author": args.author, "licence": args.licence}
 
 
@@ -181,7 +186,11 @@ def _authors_adapter(args: argparse.Namespace, opened: Opened) -> Path:
     made, difference = authors_adapter.convert(trained, loras, base.native, statistics, name, _recommended(args))
     _report("adapter", difference)
     path = _file(args, "adapter")
-    native.save_adapter(path, made, **_words(args, "DA-VAE adapter"))
+    step = opened.content.get("global_step")
+    history = History(
+        steps=step if type(step) is int else 0, of={"base_model": identity("base_model", base.native, args.base.name)}
+    )
+    native.save_adapter(path, made, **_words(args, "DA-VAE adapter"), history=history)
     return path
 
 
@@ -207,7 +216,8 @@ def _export(args: argparse.Namespace, opened: Opened) -> Path:
                 write = export.transformer if key == "diffusion_model" else export.vae
                 _report(key, write(folder if key == "diffusion_model" else folder / "vae", part.native, name))
             if metadata.kind_of(opened.told) == "model":
-                export.latent(folder, *metadata.latent_of(metadata.parse(opened.told, "model", name), name))
+                told = metadata.latent_of(metadata.parse(opened.told, "model", name), name)
+                export.latent(folder, *told, metadata.history_of(opened.told, name))
     return args.dst
 
 

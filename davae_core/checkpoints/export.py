@@ -15,6 +15,7 @@ Channels are [base, detail] here as everywhere but in the authors' files.
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..adapter import Adapter, Recommended, lora_deltas
 from ..autoencoder import AutoencoderConfig, DecoderTrunk
 from ..davae import DAVAE
 from ..errors import CheckpointError
+from ..history import History
 from ..latent import LatentSpec
 from ..mmdit import MMDiTConfig
 from . import files, lora, metadata, reference, tensors, verify
@@ -116,7 +118,7 @@ def adapter(folder: Path, given: Adapter, file: str) -> float:
         files.save(folder / lora.WEIGHTS[0], loras, {"format": "pt"})
     rest = {name: tensor for name, tensor in given.state.items() if name not in given.lora_state()}
     files.save(folder / "davae_embedder_head.safetensors", rest, {"format": "pt"})
-    latent(folder, given.config.latent, given.config.recommended)
+    latent(folder, given.config.latent, given.config.recommended, given.history)
     return difference
 
 
@@ -124,9 +126,10 @@ def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-12))
 
 
-def latent(folder: Path, spec: LatentSpec, recommended: Recommended) -> None:
+def latent(folder: Path, spec: LatentSpec, recommended: Recommended, history: History | None = None) -> None:
     """Write what diffusers has no place for."""
-    _json(folder / LATENT, metadata.latent_config(spec, recommended))
+    told = {"history": asdict(history)} if history else {}
+    _json(folder / LATENT, metadata.latent_config(spec, recommended) | told)
 
 
 def _component(folder: Path, theirs: Tensors, config: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from ..autoencoder import AutoencoderConfig
 from ..davae import DAVAEConfig
 from ..errors import DAVAEError
 from ..mmdit import MMDiTConfig
+from . import metadata
 from .opening import Opened, open_any
 from .tensors import Tensors
 
@@ -90,8 +91,26 @@ def text(told: dict[str, Any]) -> str:
     for name, part in told["parts"].items():
         lines += [f"  {name}", f"    {_size_line(part)}", *_config_lines(part["config"], "    ")]
     for name, value in told["metadata"].items():
+        if name == metadata.HISTORY and isinstance(value, dict):
+            lines += _history_lines(value)
+            continue
         lines.append(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
     return "\n".join(lines)
+
+
+def _history_lines(told: dict[str, Any]) -> list[str]:
+    """A history without the values by which models are known again, which say nothing to people."""
+    lines = ["  history"]
+    lines += [
+        f"    {name}: {json.dumps(told[name])}" for name in ("recipe", "steps", "learning_rate", "seed") if name in told
+    ]
+    of = told.get("of")
+    for role, model in (of if isinstance(of, dict) else {}).items():
+        lines.append(f"    {role}: {model.get('name', '') if isinstance(model, dict) else ''}")
+    settings = told.get("settings")
+    return lines + [
+        f"    {name}: {json.dumps(value)}" for name, value in (settings if isinstance(settings, dict) else {}).items()
+    ]
 
 
 def _size_line(told: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import command
+from .. import command, history
 from ..adapter import LORA_MODULES, WIDENED, Adapter, lora_deltas, widen
 from ..errors import CheckpointError, DAVAEError
 from . import metadata, native, tensors
@@ -100,8 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CheckpointError(f"{args.base} is {opened.detected.description}, expected an SD3 / SD3.5 model")
     adapter = native.load_adapter(args.adapter)
     config = metadata.latent_config(adapter.config.latent, adapter.config.recommended)
-    told = metadata.build("model", config, title=args.title, author=args.author, licence=args.licence)
-    made = merged(opened.parts["diffusion_model"].native, adapter, args.strength)
+    by = {"title": args.title, "author": args.author, "licence": args.licence}
+    told = metadata.build("model", config, **by, history=adapter.history)
+    base = opened.parts["diffusion_model"].native
+    if words := history.mismatch(adapter.history, "base_model", base):
+        print(f"note: {args.adapter.name} was {words}: {args.base}")
+    made = merged(base, adapter, args.strength)
     tensors.write(args.out, made, told)
     print(f"{args.out}: {made.parameters:,} parameters, {made.bytes / 1e9:.2f} GB")
 

@@ -1,6 +1,7 @@
 """The metadata of our safetensors files: what kind of file it is, its configuration, and who made it."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
@@ -8,19 +9,30 @@ from typing import Any, Literal
 
 from ..adapter import Recommended
 from ..errors import CheckpointError, DAVAEError
+from ..history import ROLES, History, Identity
 from ..latent import LatentSpec
 
 FORMAT = "1"
+HISTORY = "davae.history"
 Kind = Literal["autoencoder", "adapter", "model", "text_encoder"]
 
 
-def build(kind: Kind, config: Mapping[str, Any], *, title: str, author: str = "", licence: str = "") -> dict[str, str]:
+def build(
+    kind: Kind,
+    config: Mapping[str, Any],
+    *,
+    title: str,
+    author: str = "",
+    licence: str = "",
+    history: History | None = None,
+) -> dict[str, str]:
     """Metadata for :func:`davae_core.checkpoints.files.save`.
 
     Args:
         kind: what the file holds.
         config: JSON values.
         title, author, licence: for people; stored under ``modelspec.*``.
+        history: how it was trained, stored under ``davae.history``; None for nothing to tell.
     """
     return {
         "davae.format": FORMAT,
@@ -32,7 +44,36 @@ def build(kind: Kind, config: Mapping[str, Any], *, title: str, author: str = ""
         "modelspec.author": author,
         "modelspec.license": licence,
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **history_entry(history),
     }
+
+
+def history_entry(history: History | None) -> dict[str, str]:
+    """The metadata that tells a history; nothing for None. For files that are not made by :func:`build`."""
+    return {} if history is None else {HISTORY: json.dumps(asdict(history), sort_keys=True)}
+
+
+def history_of(metadata: Mapping[str, str], file: str) -> History | None:
+    """The history in a file's metadata, or None where it tells none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if HISTORY not in metadata:
+        return None
+    try:
+        told = json.loads(metadata[HISTORY])
+        of = {role: _identity(told["of"][role]) for role in ROLES if role in told["of"]}
+        numbers = {"steps": told["steps"], "learning_rate": told["learning_rate"], "seed": told["seed"]}
+        if any(isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n) for n in numbers.values()):
+            raise ValueError("steps, learning_rate and seed must be numbers")
+        return History(**numbers, recipe=str(told["recipe"]), settings=dict(told["settings"]), of=of)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
+        raise CheckpointError(f"{file}: the history in its metadata is damaged ({problem})") from problem
+
+
+def _identity(told: Mapping[str, Any]) -> Identity:
+    return Identity(str(told["name"]), {name: tuple(map(float, values)) for name, values in told["values"].items()})
 
 
 def latent_config(latent: LatentSpec, recommended: Recommended) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from ..adapter import Adapter, AdapterConfig, Recommended
 from ..davae import DAVAE, DAVAEConfig
 from ..errors import CheckpointError, DAVAEError
+from ..history import History
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
 from ..text_encoder import TextEncoder, TextEncoderConfig
@@ -35,10 +36,11 @@ def save_autoencoder(
     title: str = "DA-VAE autoencoder",
     author: str = "",
     licence: str = "",
+    history: History | None = None,
 ) -> None:
     """Write a DA-VAE with its configuration; the old file stays until the new one is whole."""
     config = metadata.latent_config(model.latent, recommended)
-    info = metadata.build("autoencoder", config, title=title, author=author, licence=licence)
+    info = metadata.build("autoencoder", config, title=title, author=author, licence=licence, history=history)
     files.save(path, model.state_dict(), info)
 
 
@@ -65,12 +67,22 @@ def load_autoencoder(path: PathLike, dtype: torch.dtype | None = None) -> DAVAE:
 
 
 def save_adapter(
-    path: PathLike, adapter: Adapter, *, title: str = "DA-VAE adapter", author: str = "", licence: str = ""
+    path: PathLike,
+    adapter: Adapter,
+    *,
+    title: str = "DA-VAE adapter",
+    author: str = "",
+    licence: str = "",
+    history: History | None = None,
 ) -> None:
-    """Write an adapter with its configuration; the old file stays until the new one is whole."""
+    """Write an adapter with its configuration; the old file stays until the new one is whole.
+
+    ``history`` is the adapter's own where it is not given.
+    """
     config = adapter.config
     told = metadata.latent_config(config.latent, config.recommended)
-    info = metadata.build("adapter", told, title=title, author=author, licence=licence)
+    by = {"title": title, "author": author, "licence": licence}
+    info = metadata.build("adapter", told, **by, history=history or adapter.history)
     files.save(path, adapter.state, info)
 
 
@@ -82,16 +94,19 @@ def load_adapter(path: PathLike) -> Adapter:
     with _naming(name):
         told = AdapterConfig.from_state_dict(state, latent.base_channels)
     _agree(name, told.latent, latent, ("base_channels", "detail_channels"))
-    return Adapter(replace(told, latent=latent, recommended=recommended), state)
+    config = replace(told, latent=latent, recommended=recommended)
+    return Adapter(config, state, metadata.history_of(info, name))
 
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A whole diffusion model with C + D channels: its state dict in the SD3.5 layout (no prefix) and its latent."""
+    """A whole diffusion model with C + D channels: its state dict in the SD3.5 layout (no prefix) and its latent; the
+    history is that of the adapter in it."""
 
     state: dict[str, torch.Tensor]
     latent: LatentSpec
     recommended: Recommended
+    history: History | None = None
 
 
 def save_merged(
@@ -99,7 +114,8 @@ def save_merged(
 ) -> None:
     """Write a merged model; the old file stays until the new one is whole."""
     config = metadata.latent_config(model.latent, model.recommended)
-    info = metadata.build("model", config, title=title, author=author, licence=licence)
+    by = {"title": title, "author": author, "licence": licence}
+    info = metadata.build("model", config, **by, history=model.history)
     files.save(path, model.state, info)
 
 
@@ -121,7 +137,7 @@ def load_merged(path: PathLike) -> MergedModel:
             f"{name}: its weights read {config.in_channels} and predict {config.out_channels} channels, its "
             f"metadata says {latent.channels}; the file is damaged"
         )
-    return MergedModel(state, latent, recommended)
+    return MergedModel(state, latent, recommended, metadata.history_of(info, name))
 
 
 def save_text_encoder(

@@ -18,6 +18,7 @@ from ...davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from ...davae_core.davae import DAVAE
 from ...davae_core.errors import LatentError
 from ...davae_core.latent import LatentSpec
+from .history import note_decoded
 from .versions import intermediate_dtype
 
 # Bytes of working memory per image pixel and byte of the dtype; ComfyUI's own estimates for this kind of autoencoder.
@@ -75,6 +76,7 @@ class AutoencoderHandle:
 
     def decode(self, z: torch.Tensor, detail_strength: float = 1.0) -> torch.Tensor:
         """Latent ``[B, C + D, h, w]`` to image ``[B, f s h, f s w, 3]`` in [0, 1], in strips where memory is short."""
+        note_decoded(z, self.model, self.name)
         x = self._run(
             [(part, detail_strength) for part in z.split(1)],
             self.model.decode,
@@ -124,13 +126,13 @@ class AutoencoderHandle:
 
     def stock_vae(self) -> comfy.sd.VAE:
         """The whole DA-VAE as a VAE that stock nodes accept."""
-        vae = self._stock(_JointStage(self.model), self.latent.channels, self.latent.factor, 1.0)
+        vae = self._stock(_JointStage(self.model, self.name), self.latent.channels, self.latent.factor, 1.0)
         vae.encode_tiled_, vae.decode_tiled_ = self._stock_encode_tiled, self._stock_decode_tiled
         return vae
 
     def base_vae(self) -> comfy.sd.VAE:
         """The base VAE inside the DA-VAE, for half-size images; it decodes only if the file holds the base decoder."""
-        return self._stock(_BaseStage(self.model), self.latent.base_channels, self.latent.base_factor, 0.8)
+        return self._stock(_BaseStage(self.model, self.name), self.latent.base_channels, self.latent.base_factor, 0.8)
 
     def _stock_encode_tiled(self, pixels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """In place of the stock VAE's tiling: strips give the exact latent, whatever tile size is asked for.
@@ -146,6 +148,7 @@ class AutoencoderHandle:
         Gives ``[B, 3, H, W]`` in [0, 1].
         """
         self.latent.check(samples, "the LATENT")
+        note_decoded(samples, self.model, self.name)
         decode = partial(self.model.decode_tiled, on_strip=check_interrupt)
         return to_unit_range(self._each(decode, [(part,) for part in samples.split(1)]))
 
@@ -199,8 +202,9 @@ class _Stage(nn.Module):
 
     model: DAVAE
 
-    def __init__(self, model: DAVAE) -> None:
+    def __init__(self, model: DAVAE, name: str) -> None:
         super().__init__()
+        self.name = name
         self.__dict__["model"] = model  # not a submodule: the DA-VAE's own patcher moves its weights
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -216,6 +220,7 @@ class _JointStage(_Stage):
 
     def decode(self, z: torch.Tensor, **_: Any) -> torch.Tensor:
         self.model.latent.check(z, "the LATENT")
+        note_decoded(z, self.model, self.name)
         return self.model.decode(z)
 
 

@@ -38,6 +38,7 @@ def load_merged(path: Path, dtype: torch.dtype | None = None, disable_dynamic: b
     config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, device, supported))
     model = config.get_model(state, "")
     model.davae_latent, model.davae_recommended = merged.latent, merged.recommended
+    model.davae_history = merged.history
     patcher = core_patcher(model, device, offload, disable_dynamic)
     if not management.is_device_cpu(offload):
         model.to(offload)

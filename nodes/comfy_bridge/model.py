@@ -4,10 +4,13 @@ from typing import Any
 
 import comfy.model_base
 import comfy.supported_models
+import torch
 
 from ...davae_core.adapter import Recommended
 from ...davae_core.errors import DAVAEError, LatentError
+from ...davae_core.history import History
 from ...davae_core.latent import LatentSpec
+from .history import note_sampled
 from .latent_format import latent_format, require_channels
 
 
@@ -17,10 +20,12 @@ class AdaptedSD3(comfy.model_base.SD3):
     Attributes:
         davae_latent: channels, scale and normalisation of the latent.
         davae_recommended: sampling settings of the adapter, 0 where it names none.
+        davae_history: how the adapter was trained, where its file tells.
     """
 
     davae_latent: LatentSpec
     davae_recommended: Recommended
+    davae_history: History | None = None
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Called once before sampling, with every sampler: the place to refuse what would fail inside the network."""
@@ -35,6 +40,12 @@ class AdaptedSD3(comfy.model_base.SD3):
                 "do not fit an adapted MODEL; remove the ControlNet, or use the unadapted model"
             )
         return super().extra_conds(**kwargs)
+
+    def process_latent_out(self, latent: torch.Tensor) -> torch.Tensor:
+        """Called after sampling, with every sampler."""
+        latent = super().process_latent_out(latent)
+        note_sampled(self.davae_history, latent)
+        return latent
 
 
 def check_latent(model: comfy.model_base.BaseModel, shape: tuple[int, ...]) -> None:

@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...davae_core.adapter import EMBED, HEAD, WIDENED, Adapter, check_fits, widen
 from ...davae_core.errors import DAVAEError
+from .history import note_base
 from .model import AdaptedSD3, describe, is_sd3, model_config
 from .versions import archive_dtypes, inference_dtype, stored, unload
 
@@ -79,6 +80,7 @@ class _Rebuild:
         quantised = any(name in known and getattr(old.model_config, name) for name in ("scaled_fp8", "quant_config"))
 
         state = self._original_weights()
+        note_base(self.adapter, self.name, state)
         plain = {name: self._plain_weight(name) for name in WIDENED}
         check_fits(self.adapter.config, tuple(plain[WIDENED[0]].shape), tuple(plain[WIDENED[2]].shape))
         for name in [name for name in state if name.startswith((EMBED, HEAD))]:
@@ -100,6 +102,7 @@ class _Rebuild:
         model.device = old.device
         model.davae_latent = spec
         model.davae_recommended = self.adapter.config.recommended
+        model.davae_history = self.adapter.history
         archive_dtypes(model.diffusion_model)
         return model
 

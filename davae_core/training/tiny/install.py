@@ -6,7 +6,7 @@ python -m davae_core.training.tiny.install --size micro
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def install(config: InstallConfig) -> list[Path]:
         out["vae"] / tiny.AUTOENCODER,
         out["loras"] / tiny.ADAPTER,
     ]
-    by = {"author": AUTHOR, "licence": LICENCE}
+    by: dict[str, Any] = {"author": AUTHOR, "licence": LICENCE}
     about = {"modelspec.title": "Tiny SD3.5", "modelspec.author": AUTHOR, "modelspec.license": LICENCE}
     about[tiny.PREVIEW] = json.dumps(preview)
     files.save(paths[0], {name: tensor.half() for name, tensor in state.items()}, about)

@@ -1,0 +1,79 @@
+"""Say it in the log when files meet others than those they were trained with. Never an error: a finetune or a merge of
+the right model works, and the log then says why a picture may look different.
+
+A latent does not tell which DA-VAE it is of. What adapted models sampled last is known again by a few of its values,
+with any sampler and through any node that leaves a latent as it is.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ...davae_core.adapter import Adapter
+from ...davae_core.history import SAMPLES, History, mismatch
+
+_RECENT = 32  # sampled latents that are remembered
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    shape: tuple[int, ...]
+    values: torch.Tensor
+    history: History
+
+
+_sampled: deque[_Sampled] = deque(maxlen=_RECENT)
+_said: set[str] = set()
+
+
+def note_base(adapter: Adapter, name: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Say it where an adapter is put on another model than it was trained on.
+
+    Args:
+        adapter, name: the adapter and its file.
+        state: the MODEL's own weights, without LoRA, names of the SD3.5 layout.
+    """
+    if words := mismatch(adapter.history, "base_model", state):
+        _say_once(f"DA-VAE: {name} was {words}: the MODEL. A finetune or merge of it may do, any other model not")
+
+
+def note_sampled(history: History | None, latent: torch.Tensor) -> None:
+    """Remember which DA-VAE a latent is of, that an adapted model has just sampled: ``[B, C + D, h, w]``."""
+    if history is not None and "davae" in history.of and latent.numel():
+        _sampled.append(_Sampled(tuple(latent.shape[1:]), _values(latent), history))
+
+
+def note_decoded(latent: torch.Tensor, model: torch.nn.Module, name: str) -> None:
+    """Say it where a latent is decoded with another DA-VAE than that of the adapter that sampled it.
+
+    Args:
+        latent: ``[B, C + D, h, w]``.
+        model, name: the DA-VAE and its file.
+    """
+    if not _sampled or not latent.numel():
+        return
+    values = _values(latent)
+    for one in reversed(_sampled):
+        if one.shape == tuple(latent.shape[1:]) and torch.allclose(one.values, values, rtol=1e-2, atol=1e-2):
+            if words := mismatch(one.history, "davae", model.state_dict()):
+                _say_once(
+                    f"DA-VAE: the adapter that sampled this latent was {words}: {name}. Detail decodes wrongly with "
+                    "another DA-VAE than the adapter's own"
+                )
+            return
+
+
+def _values(latent: torch.Tensor) -> torch.Tensor:
+    first = latent[0].detach().flatten()
+    count = 4 * SAMPLES
+    places = [(2 * i + 1) * first.numel() // (2 * count) for i in range(count)]
+    return first[torch.tensor(places, device=first.device)].float().cpu()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logging.warning(message)
