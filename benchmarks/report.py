@@ -18,9 +18,9 @@ from davae_core.errors import DAVAEError
 from davae_core.evaluation.figures import Bound
 
 from . import bounds, machine
+from .charts import Chart, Line, render
 from .record import CaseResult, SideResult, case_from_json
 from .sides import COMFY, CORE
-from .svg import Chart, Line, render
 
 HEAD = ("", "first", "second", "ratio", "arithmetic", "bound", "")
 FIGURES = {"time": "", "memory": ", peak memory", "shared": ", weights shared"}  # and how a row of the table says so
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.plot:
         charts = scaling([result for told in runs for result in told["results"]])
         charts = [chart for chart in charts if any(len(line.points) > 1 for line in chart.lines)]
-        atomic.write(options.plot, render(charts).encode())
+        atomic.write(options.plot, render(charts))
 
 
 if __name__ == "__main__":

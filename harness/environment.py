@@ -27,7 +27,7 @@ STAMP = "davae-environment"
 INCOMPLETE = "incomplete"
 
 # diffusers and peft are what converted files are compared with.
-TEST_PACKAGES = ["pytest", "pytest-xdist", "playwright", "ruff", "mypy", "diffusers", "peft"]
+TEST_PACKAGES = ["pytest", "pytest-xdist", "playwright", "ruff", "mypy", "diffusers", "peft", "matplotlib"]
 
 # What training needs besides torch; and the perceptual distance, whose own requirements only its demonstrations need.
 TRAINING_PACKAGES = ["accelerate", "tyro", "tensorboard", "tqdm", "pillow", "resvg_py", "webdataset"]
