@@ -75,6 +75,9 @@ class AutoencoderRecipe:
     gradient_checkpointing: bool = False
     """Keep only the inputs of the decoder's blocks for the backward pass and compute the rest again: less memory, more
     time."""
+    latent_noise: float = 0.0
+    """Most noise that is added to base and detail before decoding, in standard deviations of each channel; its level is
+    drawn for each sample from 0 to this. A decoder that has seen none paints a sampler's errors as spots."""
     detail_dropout: float = 0.1
     """Share of samples whose whole detail latent is set to zero before decoding."""
 
@@ -99,7 +102,7 @@ class AutoencoderPhase(Phase):
         draws = Draws(recipe.run.seed, step, batch["position"])
         z_detail = sampled(moments, draws.normal("latent", z_base.new_empty(moments.chunk(2, dim=1)[0].shape)))
         kept = (draws.uniform("detail") >= recipe.detail_dropout).to(z_detail).view(-1, 1, 1, 1)
-        y = model.decode(torch.cat([z_base, z_detail * kept], dim=1))
+        y = model.decode(self.disturbed(torch.cat([z_base, z_detail * kept], dim=1), draws))
         losses = self.losses(x, y, moments)
         critic = self._critic[0]
         if critic is not None and step >= recipe.critic.start:
@@ -113,6 +116,14 @@ class AutoencoderPhase(Phase):
                 )
             losses["loss"] = losses["loss"] + weight * losses["adversarial"]
         return self._aligned(losses, moments, z_base)
+
+    def disturbed(self, z: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Latents ``[B, C + D, h, w]`` with the noise that the decoder is to bear."""
+        if not self.recipe.latent_noise:
+            return z
+        level = self.recipe.latent_noise * draws.uniform("level").to(z).view(-1, 1, 1, 1)
+        units = self.model.latent
+        return units.denormalise(units.normalise(z) + level * draws.normal("noise", z))
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Mean and log-variance of the detail latent; no gradient into a frozen trunk."""
