@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..davae_core.latent import LatentSpec, with_base
 from ..davae_core.sizes import pad_to
 from . import comfy_bridge
-from .detail import Latent, image_size, require_davae_latent, require_mask_of
+from .detail import Latent, image_size, mask_of, require_davae_latent
 from .loaders import CATEGORY, DAVAESocket
 
 
@@ -32,7 +32,7 @@ class RerollDetail(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="White: detail is sampled anew. Black: it is kept, too. Of the size of the decoded image; "
+                    tooltip="White: detail is sampled anew. Black: it is kept, too. Scaled to the decoded image; "
                     "takes the place of the LATENT's noise mask.",
                 ),
             ],
@@ -58,7 +58,7 @@ class RerollDetail(io.ComfyNode):
 
 def noise_mask(mask: torch.Tensor, samples: Latent, spec: LatentSpec) -> torch.Tensor:
     """A MASK of the decoded image as noise mask ``[B, 1, f s h, f s w]``, 0 in the padding that decoding cuts off."""
-    mask = require_mask_of(image_size(samples, spec), mask)
+    mask = mask_of(image_size(samples, spec), mask)
     height, width = (side * spec.factor for side in samples["samples"].shape[2:])
     return pad_to(mask[..., None], height, width, "constant").movedim(-1, 1)
 

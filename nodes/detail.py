@@ -1,5 +1,6 @@
 """Images to DA-VAE latents and back, and ways between ordinary and DA-VAE latents."""
 
+import logging
 from typing import Any
 
 import torch
@@ -54,17 +55,25 @@ def image_size(samples: Latent, spec: LatentSpec) -> tuple[int, int]:
 
 def fit_mask(mask: torch.Tensor, size: tuple[int, ...], spec: LatentSpec, rule: str) -> torch.Tensor:
     """A MASK ``[B, H, W]`` of an image of ``size`` as its latent's noise mask ``[B, 1, H', W']``, 0 in the padding."""
-    return fit(require_mask_of(size, mask)[..., None], spec, rule, "constant").movedim(-1, 1)
+    return fit(mask_of(size, mask)[..., None], spec, rule, "constant").movedim(-1, 1)
 
 
-def require_mask_of(size: tuple[int, ...], mask: torch.Tensor) -> torch.Tensor:
-    """The MASK as ``[B, H, W]``, or a LatentError if it is not of the image's size."""
+def mask_of(size: tuple[int, ...], mask: torch.Tensor) -> torch.Tensor:
+    """The MASK as ``[B, H, W]`` of an image of ``size``, scaled to it where it is of another, as stock nodes do.
+
+    A mask of zeros, which Load Image gives for files without an alpha channel, means that nothing is drawn.
+    """
     mask = mask.reshape(-1, *mask.shape[-2:])
-    if tuple(mask.shape[1:]) != size:
-        raise LatentError(
-            f"the mask is {mask.shape[2]} x {mask.shape[1]} px, the image {size[1]} x {size[0]} px; make them equal"
+    height, width = mask.shape[1:]
+    if not mask.any():
+        logging.info("DA-VAE: the mask is empty, so nothing of the image will be made anew")
+    elif height * size[1] != width * size[0]:
+        logging.warning(
+            "DA-VAE: the mask is %d x %d px, the image %d x %d px: it is stretched", width, height, size[1], size[0]
         )
-    return mask
+    if (height, width) == size:
+        return mask
+    return torch.nn.functional.interpolate(mask[:, None], size=size, mode="bilinear")[:, 0]
 
 
 def require_base_of(z_base: torch.Tensor, pixels: torch.Tensor, spec: LatentSpec) -> None:
@@ -110,7 +119,7 @@ class DetailEncode(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="For inpainting: white is painted anew. Of the image's size; padded or cropped with it, "
+                    tooltip="For inpainting: white is painted anew. Scaled to the image, padded or cropped with it, "
                     "so that it stays in place, which Set Latent Noise Mask cannot do.",
                 ),
             ],

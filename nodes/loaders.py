@@ -4,11 +4,19 @@ import torch
 from comfy_api.latest import io
 
 from ..davae_core import checkpoints
+from ..davae_core.errors import DAVAEError
 from . import comfy_bridge
 
 CATEGORY = "DA-VAE"
 DAVAESocket = io.Custom("DAVAE")
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def weights_dtype(name: str) -> torch.dtype | None:
+    """The dtype of the widget, None for "auto"; a DAVAEError for what only a link can bring."""
+    if name not in DTYPES:
+        raise DAVAEError(f"the dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 class DAVAELoader(io.ComfyNode):
@@ -46,16 +54,16 @@ class DAVAELoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, davae_name: str) -> bool | str:
+    def validate_inputs(cls, davae_name: str | None) -> bool | str:
         return comfy_bridge.check_file("vae", davae_name)
 
     @classmethod
-    def fingerprint_inputs(cls, davae_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, davae_name: str | None, **_: object) -> str:
         return comfy_bridge.file_stamp("vae", davae_name)
 
     @classmethod
     def execute(cls, davae_name: str, dtype: str) -> io.NodeOutput:
-        handle = comfy_bridge.load_autoencoder(comfy_bridge.require_file("vae", davae_name), DTYPES[dtype])
+        handle = comfy_bridge.load_autoencoder(comfy_bridge.require_file("vae", davae_name), weights_dtype(dtype))
         return io.NodeOutput(handle.stock_vae(), handle.base_vae(), handle)
 
 
@@ -92,11 +100,11 @@ class DAVAEAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None) -> bool | str:
         return comfy_bridge.check_file("loras", adapter_name)
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, adapter_name: str | None, **_: object) -> str:
         return comfy_bridge.file_stamp("loras", adapter_name)
 
     @classmethod
@@ -133,17 +141,17 @@ class DAVAEModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
+    def validate_inputs(cls, model_name: str | None) -> bool | str:
         return comfy_bridge.check_file("diffusion_models", model_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, model_name: str | None, **_: object) -> str:
         return comfy_bridge.file_stamp("diffusion_models", model_name)
 
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
         path = comfy_bridge.require_file("diffusion_models", model_name)
-        return io.NodeOutput(comfy_bridge.load_merged(path, DTYPES[dtype]))
+        return io.NodeOutput(comfy_bridge.load_merged(path, weights_dtype(dtype)))
 
 
 class TinySD35(io.ComfyNode):

@@ -52,9 +52,11 @@ class AdaptedSampler(io.ComfyNode):
                     step=0.1,
                     tooltip="Guidance. 1: none. 0: as the adapter recommends.",
                 ),
-                io.Combo.Input("sampler_name", options=comfy_bridge.SAMPLERS, default="euler", tooltip="Sampler."),
                 io.Combo.Input(
-                    "scheduler", options=comfy_bridge.SCHEDULERS, default="simple", tooltip="Noise schedule."
+                    "sampler_name", options=comfy_bridge.sampler_names(), default="euler", tooltip="Sampler."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy_bridge.scheduler_names(), default="simple", tooltip="Noise schedule."
                 ),
                 io.Float.Input(
                     "shift",
@@ -62,8 +64,8 @@ class AdaptedSampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Time shift: larger spends more steps on the layout. 0: as set on the MODEL by "
-                    "ModelSamplingSD3, else as the adapter recommends.",
+                    tooltip="Time shift: larger spends more steps on the layout. 0: as the MODEL has it, set by "
+                    "ModelSamplingSD3 or else as the adapter recommends.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -99,11 +101,11 @@ class AdaptedSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None) -> bool | str:
         return adapter_name == NO_ADAPTER or comfy_bridge.check_file("loras", adapter_name)
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, adapter_name: str | None, **_: object) -> str:
         return comfy_bridge.file_stamp("loras", adapter_name)
 
     @classmethod

@@ -8,13 +8,11 @@ from .latent_format import require_channels
 from .masking import keep_base
 from .merged import load_merged
 from .rebuild import apply_adapter
-from .sampling import SAMPLERS, SCHEDULERS, Settings, latent_spec, sample
+from .sampling import Settings, latent_spec, sample, sampler_names, scheduler_names
 from .tiny import load_tiny, tiny_stamp
 from .versions import empty, node_schema
 
 __all__ = [
-    "SAMPLERS",
-    "SCHEDULERS",
     "AutoencoderHandle",
     "ModelPatcher",
     "Settings",
@@ -33,5 +31,7 @@ __all__ = [
     "require_channels",
     "require_file",
     "sample",
+    "sampler_names",
+    "scheduler_names",
     "tiny_stamp",
 ]

@@ -20,19 +20,30 @@ def file_names(kind: str) -> list[str]:
     return folder_paths.get_filename_list(kind)
 
 
-def file_stamp(kind: str, name: str) -> str:
-    """For a node's ``fingerprint_inputs``: changes when the file does, so that a replaced file is loaded anew."""
-    path = folder_paths.get_full_path(kind, name)
+def file_stamp(kind: str, name: str | None) -> str:
+    """For a node's ``fingerprint_inputs``: changes when the file does, so that a replaced file is loaded anew.
+
+    A name that comes over a link is not known yet (None); then it changes when any file of this kind does.
+    """
+    names = file_names(kind) if name is None else [name]
+    return " ".join(_stamp(folder_paths.get_full_path(kind, each)) for each in names)
+
+
+def _stamp(path: str | None) -> str:
     if path is None:
         return "missing"
     info = Path(path).stat()
     return f"{path} {info.st_size} {info.st_mtime_ns}"
 
 
-def check_file(kind: str, name: str) -> bool | str:
-    """For a node's ``validate_inputs``: True, or the message of :func:`require_file`."""
+def check_file(kind: str, name: str | None) -> bool | str:
+    """For a node's ``validate_inputs``: True, or the message of :func:`require_file`.
+
+    A name that comes over a link is not known yet (None), and is looked for when the node runs.
+    """
     try:
-        require_file(kind, name)
+        if name is not None:
+            require_file(kind, name)
     except CheckpointError as problem:
         return str(problem)
     return True
@@ -42,8 +53,10 @@ def require_file(kind: str, name: str) -> Path:
     """The full path of a file chosen in a loader.
 
     Raises:
-        CheckpointError: it is not there; names the folders it may be put in.
+        CheckpointError: it is not there; names the folders it may be put in. Or what came over a link is no name.
     """
+    if not isinstance(name, str):
+        raise CheckpointError(f"{name!r} is no file name; connect text, the name of a file in models/{kind}")
     path = folder_paths.get_full_path(kind, name)
     if path is None:
         places = " or ".join(folder_paths.get_folder_paths(kind))

@@ -27,7 +27,8 @@ def load_merged(path: Path, dtype: torch.dtype | None = None, disable_dynamic: b
     merged = checkpoints.load_merged(path)
     state = merged.state
     management = comfy.model_management
-    config = model_config(merged.latent, comfy.model_detection.detect_unet_config(state, ""))
+    shape = comfy.model_detection.detect_unet_config(state, "")
+    config = model_config(merged.latent, shape, shift=merged.recommended.shift)
     device, offload = management.get_torch_device(), management.unet_offload_device()
     supported = config.supported_inference_dtypes
     weight_dtype = dtype or management.unet_dtype(

@@ -63,13 +63,18 @@ def check_latent(model: comfy.model_base.BaseModel, shape: tuple[int, ...]) -> N
 
 
 def check_area(shape: tuple[int, ...], area: Any) -> None:
-    """Raise DAVAEError for an area that ends outside of the latent: ComfyUI counts 8 pixels for each latent pixel."""
-    if area is None or len(area) != 4:
+    """Raise DAVAEError for an area that begins outside of the latent; ComfyUI cuts off what only ends there.
+
+    Args:
+        shape: of the latent.
+        area: sizes, then beginnings, in latent pixels and one for each dimension. ComfyUI reads the first of each.
+    """
+    if area is None:
         return
-    height, width, top, left = area
-    if top + height > shape[2] or left + width > shape[3]:
+    begins = area[len(area) // 2 :]
+    if any(begin >= side for begin, side in zip(begins, shape[2:], strict=False)):
         raise DAVAEError(
-            "the CONDITIONING is set to an area that ends outside of the image: Conditioning (Set Area) counts in "
+            "the CONDITIONING is set to an area that begins outside of the image: Conditioning (Set Area) counts in "
             "pixels of ordinary latents. Use Conditioning (Set Area with Percentage) for DA-VAE latents"
         )
 
@@ -92,12 +97,16 @@ def is_sd3(model: Any) -> bool:
     return isinstance(model, comfy.model_base.SD3)
 
 
-def model_config(spec: LatentSpec, unet_config: dict[str, Any]) -> comfy.supported_models.SD3:
+def model_config(
+    spec: LatentSpec, unet_config: dict[str, Any], sampling: dict[str, Any] | None = None, shift: float = 0
+) -> comfy.supported_models.SD3:
     """The configuration ComfyUI builds the model from.
 
     Args:
         spec: the latent.
         unet_config: the network's shape as ComfyUI detects it; its channel counts are replaced.
+        sampling: sampling settings of the base model, by default those of SD3.
+        shift: the time shift that the adapter recommends, 0 for that of the base model. Every sampler starts from it.
     """
 
     class AdaptedSD3Config(comfy.supported_models.SD3):
@@ -108,6 +117,8 @@ def model_config(spec: LatentSpec, unet_config: dict[str, Any]) -> comfy.support
 
     AdaptedSD3Config.unet_config = {**comfy.supported_models.SD3.unet_config, "in_channels": spec.channels}
     AdaptedSD3Config.latent_format = latent_format(spec)
+    settings = comfy.supported_models.SD3.sampling_settings if sampling is None else sampling
+    AdaptedSD3Config.sampling_settings = {**settings, "shift": shift} if shift else dict(settings)
     return AdaptedSD3Config({**unet_config, "in_channels": spec.channels, "out_channels": spec.channels})
 
 

@@ -72,7 +72,8 @@ class _Rebuild:
         unload(self.base)
         old = self.base.model
         spec = self.adapter.config.latent
-        config = model_config(spec, old.model_config.unet_config)
+        shift = self.adapter.config.recommended.shift
+        config = model_config(spec, old.model_config.unet_config, old.model_config.sampling_settings, shift)
         known = dir(old.model_config)  # its getattr answers None to anything, so hasattr is no test
         for name in _CONFIG:
             if name in known:

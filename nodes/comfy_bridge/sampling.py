@@ -11,10 +11,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 import nodes as comfy_nodes  # ComfyUI's, not this pack's: that one is imported relatively
 
 from ...davae_core.latent import LatentSpec
-from .model import check_latent, require_adapted
-
-SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
-SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
+from .model import require_adapted
 
 # Where neither the user nor the adapter says anything: the authors' settings for SD3.5-medium at 2048 px.
 FALLBACK_STEPS, FALLBACK_CFG = 30, 2.5
@@ -22,7 +19,8 @@ FALLBACK_STEPS, FALLBACK_CFG = 30, 2.5
 
 @dataclass(frozen=True)
 class Settings:
-    """Sampler settings as in the node's widgets; steps, cfg and shift of 0 mean "as the adapter recommends"."""
+    """Sampler settings as in the node's widgets; steps and cfg of 0 mean "as the adapter recommends", shift 0 "as the
+    MODEL has it"."""
 
     seed: int
     steps: int
@@ -31,6 +29,16 @@ class Settings:
     scheduler: str
     shift: float
     denoise: float
+
+
+def sampler_names() -> list[str]:
+    """The samplers of the stock KSampler, read anew at each call: packs add theirs after this one is imported."""
+    return list(comfy.samplers.KSampler.SAMPLERS)
+
+
+def scheduler_names() -> list[str]:
+    """Its noise schedules, likewise."""
+    return list(comfy.samplers.KSampler.SCHEDULERS)
 
 
 def latent_spec(model: ModelPatcher, also: str = "") -> LatentSpec:
@@ -46,20 +54,20 @@ def sample(
     Args:
         model: an adapted MODEL.
         positive, negative: CONDITIONING.
-        latent: LATENT with C + D channels.
+        latent: LATENT with C + D channels, or an empty one of any: ComfyUI gives that the channels of the MODEL.
         settings: the node's widgets.
 
     Raises:
         DAVAEError: the MODEL is not adapted, the LATENT does not fit, or the CONDITIONING is not the MODEL's.
     """
     inner = require_adapted(model.model)
-    check_latent(inner, latent["samples"].shape)
     recommended = inner.davae_recommended
-    model = with_shift(model, settings.shift, recommended.shift)
+    if settings.shift:
+        model = ModelSamplingSD3().patch(model, settings.shift)[0]
     steps = settings.steps or recommended.steps or FALLBACK_STEPS
     cfg = settings.cfg or recommended.cfg or FALLBACK_CFG
-    shift = model.get_model_object("model_sampling").shift
-    logging.info("DA-VAE: %d steps, cfg %g, shift %g", steps, cfg, shift)
+    shift = getattr(model.get_model_object("model_sampling"), "shift", "of another kind")  # not every class has one
+    logging.info("DA-VAE: %d steps, cfg %g, shift %s", steps, cfg, shift)
     return comfy_nodes.common_ksampler(  # type: ignore[attr-defined]
         model,
         settings.seed,
@@ -72,11 +80,3 @@ def sample(
         latent,
         denoise=settings.denoise,
     )[0]
-
-
-def with_shift(model: ModelPatcher, shift: float, recommended: float) -> ModelPatcher:
-    """The MODEL with a time shift: the one asked for, else one already set on the MODEL, else the recommended one."""
-    if not shift and "model_sampling" in model.object_patches:
-        return model
-    chosen = shift or recommended
-    return ModelSamplingSD3().patch(model, chosen)[0] if chosen else model

@@ -32,6 +32,10 @@ class Toys:
         name = self.family.zero_adapter_file if zero else self.family.adapter_file
         return g.node("DAVAE_Adapter", model=model, adapter_name=name, strength=strength)
 
+    def shifted(self, g: Graph, model: Node | list) -> Node:
+        """A MODEL with the time shift that the adapter recommends and every adapted MODEL starts from."""
+        return g.node("ModelSamplingSD3", model=model, shift=self.family.recommended.shift)
+
     def conditioning(self, g: Graph) -> dict[str, Node]:
         """Positive and negative, as inputs of a sampler."""
         widths = {"context": self.family.model.context, "pooled": self.family.model.pooled}

@@ -22,7 +22,7 @@ def sampled(run, toys, load):
         model = load(g)
         native = g.node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
         return {
-            "base": toys.ksampler(g, model, native),
+            "base": toys.ksampler(g, toys.shifted(g, model), native),
             "zero": toys.ksampler(g, toys.adapter(g, model, zero=True), toys.empty(g)),
             "adapted": toys.ksampler(g, toys.adapter(g, model), toys.empty(g)),
         }

@@ -255,14 +255,6 @@ def test_rerolling_a_latent_that_is_no_davae_latent(fails, toys, shape):
     assert "the LATENT has" in message and "32" in message and "Empty DA-VAE Latent" in message
 
 
-def test_rerolling_with_a_mask_of_another_size(fails, toys, finished):
-    def build(g):
-        return reroll(g, toys, mask=g.node("HarnessConstant", key="mask"))[1]
-
-    message = fails(build, inputs={"finished": finished, "mask": torch.ones(1, 64, 64)})
-    assert "64 x 64 px" in message and "192 x 128 px" in message
-
-
 def test_swapping_the_base_gives_what_encoding_with_that_base_gives(run, toys, picture):
     def build(g):
         davae, image = toys.davae(g), g.node("HarnessConstant", key="image")

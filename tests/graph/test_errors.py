@@ -214,15 +214,6 @@ def test_a_davae_latent_where_an_ordinary_one_is_wanted(fails, toys):
     assert "[1, 32, 8, 8]" in message and "16" in message
 
 
-def test_a_mask_of_another_size(fails, toys, picture):
-    def build(g):
-        image, mask = g.node("HarnessConstant", key="image"), g.node("HarnessConstant", key="mask")
-        return g.node("DAVAE_DetailEncode", image=image, davae=toys.davae(g)[2], size_rule="pad", mask=mask)[0]
-
-    message = fails(build, inputs={"image": picture, "mask": torch.zeros(1, 64, 64)})
-    assert "64 x 64 px" in message and "192 x 128" in message
-
-
 def test_a_grey_image(fails, toys):
     def build(g):
         image = g.node("HarnessConstant", key="image")

@@ -49,7 +49,7 @@ def test_step_zero_samples_the_base_models_latent_and_leaves_the_detail_noise_al
         model = toys.model(g)
         native = g.node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
         return {
-            "base": toys.ksampler(g, model, native, seed=seed, steps=steps),
+            "base": toys.ksampler(g, toys.shifted(g, model), native, seed=seed, steps=steps),
             "adapted": toys.ksampler(g, toys.adapter(g, model, zero=True), toys.empty(g), seed=seed, steps=steps),
         }
 
@@ -265,7 +265,7 @@ def test_a_lora_on_the_embedder_and_the_head_counts_when_it_is_put_on_before_the
     name = ends_lora(base, toys)
 
     def build(g):
-        model = toys.model(g)
+        model = toys.shifted(g, toys.model(g))
         native = g.node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
         return {
             "plain": toys.ksampler(g, model, native),
