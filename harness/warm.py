@@ -9,6 +9,7 @@ repository's own modules are imported afresh each time. POSIX only.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -70,8 +71,9 @@ class Program:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to this process alone."""
-        os.kill(self.pid, number)
+        """Send a signal to this process alone; nothing where it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for the end; what it wrote to stdout and stderr.

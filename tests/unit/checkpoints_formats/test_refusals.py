@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from davae_core.checkpoints.names import from_native
 from davae_core.checkpoints.tensors import in_memory
 from davae_core.davae import DAVAE
 from davae_core.errors import CheckpointError
+from harness import warm
 
 State = dict[str, torch.Tensor]
 
@@ -179,14 +178,7 @@ def test_native_files_and_strangers_are_told_apart(tmp_path: Path, refused, make
     assert "none of the known kinds" in refused(tmp_path / "s.safetensors")
 
 
-@pytest.mark.slow
-def test_the_command_ends_with_the_reason_and_status_two(tmp_path: Path, root: Path) -> None:
-    told = subprocess.run(
-        [sys.executable, "-m", "davae_core.checkpoints.inspect", str(tmp_path / "nothing.safetensors")],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_the_command_ends_with_the_reason_and_status_two(tmp_path: Path) -> None:
+    told = warm.run("davae_core.checkpoints.inspect", str(tmp_path / "nothing.safetensors"))
     assert told.returncode == 2 and told.stderr.startswith("error: ") and "does not exist" in told.stderr
     assert inspect.parser().prog == "python -m davae_core.checkpoints.inspect"

@@ -1,12 +1,9 @@
 """A training that was stopped, interrupted or killed goes on as if nothing had happened, bit for bit."""
 
-import multiprocessing
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ import torch
 
 from davae_core.checkpoints import files
 from davae_core.errors import CheckpointError, DAVAEError
-from davae_core.training import stages as entry
 from davae_core.training.run import state
+from harness import warm
 
 OPTIONS = {
     "base_autoencoder": "",
@@ -126,18 +123,13 @@ def test_a_damaged_state_is_named(stages: Any, begun: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stages: Any, tmp_path: Path, number: signal.Signals) -> None:
     parts, whole = tmp_path / "parts", tmp_path / "whole"
-    constant = ["--optimiser.schedule", "constant"]
+    constant = ["--optimiser.schedule", "constant", "--run.save-minutes", "1000"]
     command = stages.command("adapter", parts, 1_000_000, "--run.sample-every", "4", *constant)
-    script = subprocess.Popen(
-        [sys.executable, "-m", "davae_core.training", "adapter", *command],
-        cwd=Path(__file__).parents[3],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    script = warm.Program("davae_core.training", "adapter", *command)
     wait_for(parts / "samples" / "step_0000004.png", script)
-    assert not (parts / state.FILE).exists()  # the next one would be due in five minutes
+    assert not (parts / state.FILE).exists()
     script.send_signal(number)
-    said = script.communicate(timeout=600)[1]
+    said = script.communicate()[1]
     assert script.returncode == 130
     assert "Traceback" not in said
     step = state.load(parts).step
@@ -147,19 +139,19 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stages: Any, tmp_path: Pat
     assert same(stages.weights(parts), stages.weights(whole))
 
 
-def wait_for(path: Path, script: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, script: warm.Program) -> None:
     while not path.exists():
         assert script.poll() is None, script.communicate()[1]
         time.sleep(0.02)
 
 
-@pytest.mark.slow
-def test_ten_kills_at_random_moments_change_nothing(stages: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "steps"), [(2, 8), pytest.param(10, 25, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(stages: Any, tmp_path: Path, count: int, steps: int) -> None:
     dice, kills, runs, whole = random.Random(0), [], 0, tmp_path / "whole"
-    assert run_apart(stages, whole) == 0
-    while len(kills) < 10:
+    assert run_apart(stages, whole, steps) == 0
+    while len(kills) < count:
         out, runs = tmp_path / str(runs), runs + 1
-        while run_apart(stages, out, dice.randrange(6), dice.uniform(0, 0.1)) != 0:
+        while run_apart(stages, out, steps, dice.randrange(6), dice.uniform(0, 0.1)) != 0:
             kills.append(state.load(out).step if (out / state.FILE).exists() else 0)
         assert same(stages.weights(out), stages.weights(whole))
         assert same(stages.exported("adapter", out), stages.exported("adapter", whole))
@@ -167,33 +159,31 @@ def test_ten_kills_at_random_moments_change_nothing(stages: Any, tmp_path: Path)
     print(f"killed in {runs} runs, with these steps done: {kills}")
 
 
-def run_apart(stages: Any, out: Path, saves: int | None = None, pause: float = 0.0) -> int | None:
+def run_apart(stages: Any, out: Path, steps: int, saves: int | None = None, pause: float = 0.0) -> int | None:
     """Start or resume a run that saves at every step, in a process of its own.
 
     Args:
         stages: how to.
         out: folder of the run.
+        steps: of the whole run.
         saves: SIGKILL after so many savings; None: never.
         pause: and so many seconds after them.
 
     Returns:
         The exit code, -9 after a kill.
     """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["davae_core.training.stages"])
-    command = stages.command("adapter", out, 25, "--run.resume", "--run.save-minutes", "0")
-    child = processes.Process(target=entry.run, args=("adapter", command))
-    child.start()
+    command = stages.command("adapter", out, steps, "--run.resume", "--run.save-minutes", "0")
+    child = warm.Program("davae_core.training", "adapter", *command)
     if saves is not None:
         seen = [saved_at(out)]
-        while len(seen) <= saves and child.is_alive():
+        while len(seen) <= saves and child.poll() is None:
             if saved_at(out) != seen[-1]:
                 seen.append(saved_at(out))
             time.sleep(0.001)
         time.sleep(pause)
-        child.kill()
-    child.join()
-    return child.exitcode
+        child.send_signal(signal.SIGKILL)
+    child.communicate()
+    return child.returncode
 
 
 def saved_at(out: Path) -> int:

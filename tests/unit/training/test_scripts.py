@@ -2,8 +2,6 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.training import pretrained
 from davae_core.training.recipes import tiny as recipes
 from davae_core.training.run import config
+from harness import warm
 
 STAGES = ["base_autoencoder", "base_dit", "autoencoder", "adapter"]
 RECIPES: dict[str, dict[str, tuple[str, Any]]] = {
@@ -196,18 +195,15 @@ def test_the_exit_code_says_how_it_ended(run: Callable[[], int], code: int) -> N
 
 def test_what_a_person_can_put_right_is_said_in_a_line_and_without_a_traceback(stages: Any, tmp_path: Path) -> None:
     command = stages.command("base_dit", tmp_path / "run", 1, "--data.size", "20")
-    module = [sys.executable, "-m", "davae_core.training", "base_dit", *command]
-    ended = subprocess.run(module, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    ended = warm.run("davae_core.training", "base_dit", *command)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith("error: the size 20 is not a multiple of 16; use 16 or 32")
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_script_runs_as_a_module(stages: Any, tmp_path: Path, stage: str) -> None:
-    module = [sys.executable, "-m", "davae_core.training", stage, *stages.command(stage, tmp_path / "run", 2)]
-    ended = subprocess.run(module, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    ended = warm.run("davae_core.training", stage, *stages.command(stage, tmp_path / "run", 2))
     assert ended.returncode == 0, ended.stderr
     for name in stages.exports[stage]:
         assert f"wrote {tmp_path / 'run' / name}" in ended.stderr
