@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import flow
 from ..autoencoder import LOGVAR_RANGE
-from ..perceptual import load_perceptual
+from ..perceptual import PerceptualDistance, load_perceptual
 from .data.draws import Draws
 
 
@@ -69,12 +69,19 @@ class ReconstructionConfig:
 
 
 class Reconstruction(nn.Module):
-    """The weighted sum of :class:`ReconstructionConfig` and its parts."""
+    """The weighted sum of :class:`ReconstructionConfig` and its parts.
 
-    def __init__(self, config: ReconstructionConfig) -> None:
+    Args:
+        config: the weights.
+        distance: the perceptual distance; loaded as ``config`` says where it is not given.
+    """
+
+    def __init__(self, config: ReconstructionConfig, distance: PerceptualDistance | None = None) -> None:
         super().__init__()
         self.config = config
-        self.distance = load_perceptual(config.network).requires_grad_(False) if config.perceptual else None
+        self.distance = None
+        if config.perceptual:
+            self.distance = (distance or load_perceptual(config.network)).requires_grad_(False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, moments: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses of images ``x`` and reconstructions ``y``, ``[B, 3, H, W]``; ``moments [B, 2C, h, w]`` of the latent.

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
@@ -17,6 +17,7 @@ from . import sharding
 from . import state as states
 from .config import OptimiserConfig, RunConfig, differences
 from .ema import EMA
+from .on_device import OnDevice
 from .progress import Report
 from .task import Batch, Phase, Task
 
@@ -161,7 +162,13 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def _descend(
-    player: Player, micros: list[Batch], step: int, rate: float, clip: float, run: RunConfig, accelerator: Accelerator
+    player: Player,
+    micros: Sequence[Batch],
+    step: int,
+    rate: float,
+    clip: float,
+    run: RunConfig,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """One optimiser step of one phase; the weights stay where the loss or the gradient is not finite.
 
@@ -208,13 +215,13 @@ def _gather(players: dict[str, Player], keep: bool) -> dict[str, torch.Tensor]:
     return out
 
 
-def _whole_steps(micros: Iterable[Batch], device: torch.device) -> Iterator[list[Batch]]:
-    """Micro-batches collected into steps, their tensors on the device."""
+def _whole_steps(micros: Iterable[Batch], device: torch.device) -> Iterator[OnDevice]:
+    """Micro-batches collected into steps; each comes to the device when it is asked for."""
     step: list[Batch] = []
     for batch in micros:
-        step.append({key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()})
+        step.append(batch)
         if len(step) == batch["micros"]:
-            yield step
+            yield OnDevice(step, device)
             step = []
 
 

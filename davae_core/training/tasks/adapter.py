@@ -16,6 +16,7 @@ from torch import nn
 from ... import checkpoints, flow, tiny
 from ... import sampling as sampler
 from ...adapter import EMBED, HEAD, PAPER_TARGETS, PREFIX, WIDENED, Adapter, Recommended, widen, zero_adapter
+from ...davae import DAVAE
 from ...errors import DAVAEError
 from ...images import tile
 from ...latent import LatentSpec
@@ -33,7 +34,7 @@ from ..run.task import Batch, Losses, Phase
 from ..text.captions import thinned
 from ..text.embeddings import Embeddings
 from ..text.prompts import encode, source
-from . import lora
+from . import lora, pieces
 from .recompute import recompute
 
 SHEET_IMAGES = 8
@@ -229,21 +230,54 @@ def check_settings(recipe: AdapterRecipe) -> None:
         )
 
 
-class AdapterTask:
-    """Trains :class:`AdapterPhase` and leaves an adapter."""
+@dataclass
+class Parts:
+    """What an adapter is trained with.
 
-    def __init__(self, recipe: AdapterRecipe, images: Images) -> None:
-        self.recipe = recipe
-        self.davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32).requires_grad_(False)
-        self.text = source(recipe.text_encoder, recipe.embeddings)
-        check_settings(recipe)
-        self.model = AdaptedModel(
+    Attributes:
+        davae: in fp32.
+        text: encodes captions, or holds what they are encoded to.
+        model: state dict of the pretrained diffusion model.
+        start: an adapter to start from.
+    """
+
+    davae: DAVAE
+    text: TextEncoder | Embeddings
+    model: dict[str, torch.Tensor]
+    start: Adapter | None = None
+
+    @classmethod
+    def read(cls, recipe: AdapterRecipe) -> "Parts":
+        """Out of the recipe's files."""
+        return cls(
+            checkpoints.load_autoencoder(recipe.autoencoder, torch.float32),
+            source(recipe.text_encoder, recipe.embeddings),
             pretrained.diffusion_model(recipe.model),
+            checkpoints.load_adapter(recipe.start) if recipe.start else None,
+        )
+
+
+class AdapterTask:
+    """Trains :class:`AdapterPhase` and leaves an adapter.
+
+    Args:
+        recipe: all settings.
+        images: of the data; nothing is measured on them here.
+        parts: what is trained with; the recipe's files where it is not given.
+    """
+
+    def __init__(self, recipe: AdapterRecipe, images: Images, parts: Parts | None = None) -> None:
+        self.recipe = recipe
+        check_settings(recipe)
+        parts = parts or Parts.read(recipe)
+        self.davae, self.text = parts.davae.requires_grad_(False), parts.text
+        self.model = AdaptedModel(
+            parts.model,
             self.davae.latent,
             recipe.rank,
             recipe.targets,
             recipe.run.seed,
-            checkpoints.load_adapter(recipe.start) if recipe.start else None,
+            parts.start,
             torch.bfloat16 if recipe.frozen == "bf16" else torch.float32,
         )
         if recipe.gradient_checkpointing:
@@ -264,23 +298,28 @@ class AdapterTask:
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images to latents in the model's units, on the device of the images."""
         device = next(self.davae.parameters()).device
-        return self.davae.latent.normalise(self.davae.encode(x.to(device)).float()).to(x.device)
+        return self.davae.latent.normalise(pieces.encode(self.davae, x.to(device)).float()).to(x.device)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents in the model's units to images, on the device of the latents."""
         device = next(self.davae.parameters()).device
-        return self.davae.decode(self.davae.latent.denormalise(z).to(device)).float().to(z.device)
+        return pieces.decode(self.davae, self.davae.latent.denormalise(z).to(device)).float().to(z.device)
 
     def sheet(self, batch: Batch) -> torch.Tensor:
-        """Images, their reconstructions, samples for their captions."""
+        """Images, their reconstructions, samples for their captions; on the CPU, made one image after another."""
         x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
-        z = self.encode(x)
         told = self.recipe.recommended
-        noise = sampler.initial_noise(0, range(len(x)), z.shape[1:]).to(x.device)
         sampling = sampler.Sampling(told.shift, told.cfg, told.steps)
-        asked, empty = (encode(self.text, texts, x.device) for texts in (captions, [""] * len(captions)))
-        samples = sampler.sample_encoded(self.model, asked, empty, noise, sampling)
-        return tile([x, self.decode(z), self.decode(samples)])
+        rows: list[list[torch.Tensor]] = [[], [], []]
+        with pieces.out_of_memory("to draw a sheet of samples", "--run.sample-every 0 draws one at the end alone"):
+            for i, (image, caption) in enumerate(zip(x.split(1), captions)):
+                z = self.encode(image)
+                noise = sampler.initial_noise(0, [i], z.shape[1:]).to(x.device)
+                asked, empty = (encode(self.text, [text], x.device) for text in (caption, ""))
+                sample = sampler.sample_encoded(self.model, asked, empty, noise, sampling)
+                for row, picture in zip(rows, (image, self.decode(z), self.decode(sample))):
+                    row.append(picture.cpu())
+        return tile([torch.cat(row) for row in rows])
 
     def export(self, folder: Path) -> list[Path]:
         """The adapter in fp32."""

@@ -5,6 +5,7 @@
 Source: arXiv 2603.22125 sec. 3.1. Writes a DA-VAE file with the measured statistics of the detail channels.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from ... import checkpoints, tiny
 from ...adapter import Recommended
 from ...alignment import alignment_loss
 from ...autoencoder import AttnBlock, Autoencoder, Downsample, ResnetBlock, Upsample
+from ...bases import Base
 from ...davae import DAVAE, DAVAEConfig
 from ...errors import DAVAEError
 from ...images import tile
 from ...latent import LatentSpec
+from ...perceptual import PerceptualDistance
 from .. import pretrained
 from ..data.dataset import DataConfig
 from ..data.draws import Draws
@@ -28,6 +31,7 @@ from ..objective import Reconstruction, ReconstructionConfig, sampled, start_cer
 from ..run.config import OptimiserConfig, RunConfig
 from ..run.launch import Images, launch
 from ..run.task import Batch, Losses, Phase
+from . import pieces
 from .critic import CriticConfig, CriticPhase, PatchCritic
 from .recompute import recompute
 
@@ -85,10 +89,16 @@ class AutoencoderRecipe:
 class AutoencoderPhase(Phase):
     """Everything but the critic. The base encoder and base decoder are frozen."""
 
-    def __init__(self, model: DAVAE, recipe: AutoencoderRecipe, critic: PatchCritic | None) -> None:
+    def __init__(
+        self,
+        model: DAVAE,
+        recipe: AutoencoderRecipe,
+        critic: PatchCritic | None,
+        distance: PerceptualDistance | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
-        self.losses = Reconstruction(recipe.losses)
+        self.losses = Reconstruction(recipe.losses, distance)
         self.reconstructions: dict[int, torch.Tensor] = {}  # for the critic, by micro-batch
         self._critic = (critic,)  # in a tuple: not a submodule, it is trained by its own phase
 
@@ -97,7 +107,7 @@ class AutoencoderPhase(Phase):
         recipe, model = self.recipe, self.model
         x = batch["image"]
         with torch.no_grad():
-            z_base = model.encode_base(x).float()
+            z_base = pieces.encode_base(model, x).float()
         moments = self.moments(x)
         draws = Draws(recipe.run.seed, step, batch["position"])
         z_detail = sampled(moments, draws.normal("latent", z_base.new_empty(moments.chunk(2, dim=1)[0].shape)))
@@ -106,7 +116,7 @@ class AutoencoderPhase(Phase):
         losses = self.losses(x, y, moments)
         critic = self._critic[0]
         if critic is not None and step >= recipe.critic.start:
-            self.reconstructions[batch["micro"]] = y.detach()
+            self.reconstructions[batch["micro"]] = y.detach().cpu()
             losses["adversarial"] = -critic(y).float().mean()
             weight = losses["loss"].new_tensor(recipe.critic.weight)
             if recipe.critic.adaptive and torch.is_grad_enabled():
@@ -130,7 +140,7 @@ class AutoencoderPhase(Phase):
         if self.model.detail_trunk is not None:
             return self.model.detail_moments(x)
         with torch.no_grad():
-            features = self.model.base_encoder.features(x)
+            features = pieces.features(self.model.base_encoder, self.model.config.base, x)
         return self.model.detail_down(features)
 
     def _aligned(self, losses: Losses, moments: torch.Tensor, z_base: torch.Tensor) -> Losses:
@@ -159,17 +169,43 @@ def gradient_ratio(loss: torch.Tensor, other: torch.Tensor, parameter: torch.Ten
     return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
 
 
-class AutoencoderTask:
-    """Trains :class:`AutoencoderPhase`, with a critic where the recipe has one, and leaves a DA-VAE file."""
+@dataclass
+class Parts:
+    """What a DA-VAE is trained with.
 
-    def __init__(self, recipe: AutoencoderRecipe, images: Images) -> None:
+    Attributes:
+        base: the base VAE, in fp32.
+        family: the base model that it belongs to.
+        distance: the perceptual distance; None loads the one of the recipe, if it has one.
+    """
+
+    base: Autoencoder
+    family: Base
+    distance: PerceptualDistance | None = None
+
+    @classmethod
+    def read(cls, recipe: AutoencoderRecipe) -> "Parts":
+        """Out of the recipe's files."""
+        base = pretrained.base_vae(recipe.base)
+        return cls(base, pretrained.base_of_file(recipe.base, base.config, recipe.family))
+
+
+class AutoencoderTask:
+    """Trains :class:`AutoencoderPhase`, with a critic where the recipe has one, and leaves a DA-VAE file.
+
+    Args:
+        recipe: all settings.
+        images: gives images to measure statistics on.
+        parts: what is trained with; the recipe's files where it is not given.
+    """
+
+    def __init__(self, recipe: AutoencoderRecipe, images: Images, parts: Parts | None = None) -> None:
         torch.manual_seed(recipe.run.seed)
         self.recipe, self.images = recipe, images
-        base = pretrained.base_vae(recipe.base)
-        family = pretrained.base_of_file(recipe.base, base.config, recipe.family)
-        units = family.normalisation or (0.0, 1.0)
-        self.model = on_base(base, recipe.detail_channels, recipe.scale, recipe.train_trunk, units)
-        if family.normalisation is None and recipe.start is None:
+        parts = parts or Parts.read(recipe)
+        units = parts.family.normalisation or (0.0, 1.0)
+        self.model = on_base(parts.base, recipe.detail_channels, recipe.scale, recipe.train_trunk, units)
+        if parts.family.normalisation is None and recipe.start is None:
             self.model.set_base_units(*measured_units(self.model, images))
         start_certain(self.model.detail_down.conv)
         if recipe.start is not None:
@@ -182,7 +218,7 @@ class AutoencoderTask:
             for part in (self.model.base_encoder.mid, self.model.decoder.mid, *self.model.decoder.up):
                 part.compile()
         critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
-        self.phase = AutoencoderPhase(self.model, recipe, critic)
+        self.phase = AutoencoderPhase(self.model, recipe, critic, parts.distance)
         self.phases: dict[str, Phase] = {"autoencoder": self.phase}
         if critic is not None:
             self.phases["critic"] = CriticPhase(critic, recipe.critic.start, self.phase.reconstructions)
@@ -193,21 +229,41 @@ class AutoencoderTask:
             phase.to(device)
 
     def sheet(self, batch: Batch) -> torch.Tensor:
-        """Images; base latent decoded at half size and enlarged; reconstructions without and with detail."""
-        x = batch["image"][:SHEET_IMAGES]
-        z = self.model.encode(x)
+        """Images; base latent decoded at half size and enlarged; reconstructions without and with detail.
+
+        On the CPU, made one image after another.
+        """
+        with pieces.out_of_memory("to draw a sheet of samples", "--run.sample-every 0 draws one at the end alone"):
+            columns = [[row.cpu() for row in self._shown(x)] for x in batch["image"][:SHEET_IMAGES].split(1)]
+        return tile([torch.cat(row) for row in zip(*columns)])
+
+    def _shown(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The rows of a sheet for one image ``[1, 3, H, W]``."""
+        yield x
+        z = pieces.encode(self.model, x)
         small = self.model.decode_base(self.model.latent.split(z)[0]).float()
-        enlarged = F.interpolate(small, size=x.shape[-2:], mode="bicubic")
-        return tile([x, enlarged, *(self.model.decode(z, strength).float() for strength in (0.0, 1.0))])
+        yield F.interpolate(small, size=x.shape[-2:], mode="bicubic")
+        for strength in (0.0, 1.0):
+            yield pieces.decode(self.model, z, strength).float()
 
     def export(self, folder: Path) -> list[Path]:
         """The DA-VAE in fp32, with the statistics of its detail channels."""
         if not self.recipe.freeze_detail:
-            mean, std = statistics(self.model.encode_detail(x) for x in self.images())
-            self.model.set_detail_statistics(mean.tolist(), std.tolist())
+            self.measure()
         path = folder / self.recipe.file
         checkpoints.save_autoencoder(path, self.model, Recommended(size=self.recipe.data.size))
         return [path]
+
+    def measure(self) -> None:
+        """Take the statistics of the detail channels from the images, one after another."""
+        channels = self.model.latent.base_channels
+        advice = (
+            "the state is saved, and --run.resume measures again: on a larger GPU, or on the CPU where there is none"
+        )
+        with pieces.out_of_memory("to measure the latents of the export", advice):
+            latents = (pieces.encode(self.model, x)[:, channels:] for batch in self.images() for x in batch.split(1))
+            mean, std = statistics(latents)
+        self.model.set_detail_statistics(mean.tolist(), std.tolist())
 
 
 Units = tuple[float | tuple[float, ...], float | tuple[float, ...]]
@@ -219,7 +275,7 @@ def measured_units(model: DAVAE, images: Images) -> Units:
 
     To six digits, so that a resumed run, which measures again, has the same ones.
     """
-    mean, std = statistics(model.to(x.device).encode_base(x) for x in images())
+    mean, std = statistics(model.to(x.device).encode_base(x) for batch in images() for x in batch.split(1))
     shift, scale = (tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, 1 / std))
     return shift, scale
 

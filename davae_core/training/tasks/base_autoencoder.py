@@ -72,15 +72,17 @@ class BaseAutoencoderTask:
         self.phases["autoencoder"].to(device)
 
     def sheet(self, batch: Batch) -> torch.Tensor:
-        """Images above their reconstructions."""
-        x = batch["image"][:8]
-        return tile([x, self.model.decode(self.model.encode(x)).float()])
+        """Images above their reconstructions; on the CPU, made one image after another."""
+        x = batch["image"][:8].split(1)
+        return tile(
+            [torch.cat(x).cpu(), torch.cat([self.model.decode(self.model.encode(one)).float().cpu() for one in x])]
+        )
 
     def export(self, folder: Path) -> list[Path]:
         """The autoencoder in fp32, with the name of its family."""
         state = self.model.state_dict()
         if self.base.normalisation is not None:
-            _, std = statistics(self.model.encode(x) for x in self.images())
+            _, std = statistics(self.model.encode(x) for batch in self.images() for x in batch.split(1))
             spread = float(std.square().mean().sqrt())
             state = scaled(state, 1 / self.base.normalisation[1] / spread)
         family = {bases.BASE_KEY: self.base.name} if self.base.name else {}

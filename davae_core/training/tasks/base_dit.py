@@ -107,10 +107,11 @@ class BaseDiTTask:
     def sheet(self, batch: Batch) -> torch.Tensor:
         """Images above samples with their captions."""
         x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
-        noise = sampler.initial_noise(0, range(len(x)), self.encode(x).shape[1:]).to(x.device)
+        noise = sampler.initial_noise(0, range(len(x)), self.encode(x[:1]).shape[1:]).to(x.device)
         sampling = sampler.Sampling(self.recipe.flow.shift, self.recipe.cfg, SHEET_STEPS)
         z = sampler.sample(self.model, self.text, captions, noise, sampling)
-        return tile([x, self.autoencoder.decode(z / self.scale + self.shift).float()])
+        z = z / self.scale + self.shift
+        return tile([x.cpu(), torch.cat([self.autoencoder.decode(one).float().cpu() for one in z.split(1)])])
 
     def export(self, folder: Path) -> list[Path]:
         """The diffusion model and the text encoder, fp32."""

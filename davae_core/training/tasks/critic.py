@@ -50,8 +50,9 @@ class CriticPhase(Phase):
     Args:
         critic: what is trained.
         start: the step at which it begins.
-        reconstructions: by the number of the micro-batch; the other phase puts them there. They do not travel in the
-            batch, because DistributedDataParallel hands a module a copy of its arguments on a GPU.
+        reconstructions: by the number of the micro-batch; the other phase puts them there, on the CPU, for they are
+            those of a whole step. They do not travel in the batch, because DistributedDataParallel hands a module a
+            copy of its arguments on a GPU.
     """
 
     def __init__(self, critic: PatchCritic, start: int, reconstructions: Mapping[int, torch.Tensor]) -> None:
@@ -65,7 +66,7 @@ class CriticPhase(Phase):
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
         x, y = batch["image"], self.reconstructions[batch["micro"]]
-        scores = self.critic(torch.cat([x, y.to(x.dtype)])).float()
+        scores = self.critic(torch.cat([x, y.to(x)])).float()
         real, fake = scores.chunk(2)
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
         return {"loss": loss, "real": real.mean(), "fake": fake.mean()}
