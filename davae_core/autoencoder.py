@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from .errors import CheckpointError, DAVAEError
 
 NORM_GROUPS = 32
+ATTENTION_SCORES = 2**24  # held at a time where the attention has no fused kernel: 64 MiB in float32
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -122,8 +124,10 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(silu(self.norm1(x)))
-        h = self.conv2(silu(self.norm2(h)))
+        h = silu(self.norm1(x))
+        h = self.conv1(h)  # on lines of their own: what a layer has read is freed before the next one works
+        h = silu(self.norm2(h))
+        h = self.conv2(h)
         return h.add_(self.nin_shortcut(x))
 
 
@@ -142,9 +146,30 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         # Contiguous, [B, 1, h*w, c]: else the attention takes memory for all pairs of pixels, 17 GB at 2048 px.
         q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None].contiguous() for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # [B, 1, h*w, c]
+        h = attention(q, k, v)  # [B, 1, h*w, c]
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(h)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """``softmax(q k^T / sqrt(c)) v`` of ``[B, 1, n, c]``, never with the scores of all pairs in memory.
+
+    A fused kernel holds none of them. Where there is none (on devices but CPUs and NVIDIA's and AMD's GPUs, for some
+    widths and settings), some queries go after others; each has its own softmax, so the result is the same.
+    """
+    batch, heads, tokens, _ = q.shape
+    if tokens**2 * batch * heads <= ATTENTION_SCORES or _is_fused(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+    queries = max(1, ATTENTION_SCORES // (tokens * batch * heads))
+    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, dim=2)], dim=2)
+
+
+def _is_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether torch has an attention kernel for these tensors that does not hold the scores of all pairs."""
+    try:
+        return torch._fused_sdp_choice(q, k, v) not in (SDPBackend.MATH.value, SDPBackend.ERROR.value)
+    except (AttributeError, NotImplementedError, RuntimeError):  # a torch or a device that does not tell
+        return False
 
 
 class Middle(nn.Module):
@@ -220,7 +245,9 @@ class Level(nn.Module):
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, handed: list[torch.Tensor]) -> torch.Tensor:
+        """Takes its input out of the list, so that no caller holds on to it while the level works."""
+        x = handed.pop()
         for i, block in enumerate(self.block):
             x = self.attend(i, block(x))
         return self.upsample(self.downsample(x))
@@ -249,10 +276,10 @@ class Encoder(nn.Module):
 
     def levels(self, x: torch.Tensor) -> torch.Tensor:
         """All resolution levels: the local part, but for attention. ``[B, 3, H, W] -> [B, width, H/f, W/f]``."""
-        h = self.conv_in(x)
+        handed = [self.conv_in(x)]
         for level in self.down:
-            h = level(h)
-        return h
+            handed.append(level(handed))
+        return handed.pop()
 
     def finish(self, h: torch.Tensor) -> torch.Tensor:
         """The global part: middle block, last norm and SiLU. Same shape in and out."""
@@ -285,9 +312,10 @@ class DecoderTrunk(nn.Module):
 
     def levels(self, h: torch.Tensor) -> torch.Tensor:
         """Everything after the middle block: local, but for attention. ``[B, width, h, w] -> [B, 3, f h, f w]``."""
+        handed = [h]
         for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(silu(self.norm_out(h)))
+            handed.append(level(handed))
+        return self.conv_out(silu(self.norm_out(handed.pop())))
 
     def trunk(self, h: torch.Tensor) -> torch.Tensor:
         """Middle block and levels."""

@@ -36,6 +36,7 @@ from .latent import LatentSpec
 from .strips import Strips
 
 DEFAULT_ROWS = 64
+FEWEST_ROWS = 16  # where even strips of the default height do not fit into memory
 
 
 @dataclass(frozen=True)
@@ -238,15 +239,8 @@ class DAVAE(nn.Module):
             DAVAEError: the model holds no base decoder.
             LatentError: ``z_base`` has the wrong channels.
         """
-        if self.base_decoder is None:
-            raise DAVAEError(
-                "this DA-VAE file holds no base decoder, so it cannot decode a base latent by itself; decode it with "
-                "the base model's own VAE file"
-            )
-        if z_base.ndim != 4 or z_base.shape[1] != self.latent.base_channels:
-            expected = f"[batch, {self.latent.base_channels}, height, width]"
-            raise LatentError(f"base latent has shape {list(z_base.shape)}, expected {expected}")
-        return self.base_decoder(through(self.base_post_quant_conv, z_base))
+        decoder, z = self._base_decoder_input(z_base)
+        return decoder(z)
 
     def encode_tiled(
         self,
@@ -257,12 +251,10 @@ class DAVAE(nn.Module):
     ) -> torch.Tensor:
         """:meth:`encode` (posterior mean) in strips of ``rows`` image rows: the same latent in less memory."""
         self._check_image(x)
-        strips = Strips(rows, on_strip)
         trunk = self.detail_trunk or self.base_encoder
-        detail = self.detail_down(trunk.finish(strips.encode(trunk, x)))
+        detail = self.detail_down(trunk.finish(Strips(rows, on_strip).encode(trunk, x)))
         if z_base is None:
-            base = self.base_encoder.finish(strips.encode(self.base_encoder, self.shrink(x)))
-            z_base = self._base_mean(self.base_encoder.conv_out(base))
+            z_base = self.encode_small_tiled(self.shrink(x), rows=rows, on_strip=on_strip)
         return self._joined(z_base, latent_from_moments(detail))
 
     def decode_tiled(
@@ -276,8 +268,34 @@ class DAVAE(nn.Module):
         h = self.decoder.mid(self.joint_up(self._decoder_input(z, detail_strength)))
         return Strips(rows, on_strip).decode(self.decoder, h)
 
+    def encode_small_tiled(
+        self, x: torch.Tensor, rows: int = DEFAULT_ROWS, on_strip: Callable[[], None] | None = None
+    ) -> torch.Tensor:
+        """:meth:`encode_small` in strips of ``rows`` image rows: the same latent in less memory."""
+        h = self.base_encoder.finish(Strips(rows, on_strip).encode(self.base_encoder, x))
+        return self._base_mean(self.base_encoder.conv_out(h))
+
+    def decode_base_tiled(
+        self, z_base: torch.Tensor, rows: int = DEFAULT_ROWS, on_strip: Callable[[], None] | None = None
+    ) -> torch.Tensor:
+        """:meth:`decode_base` in strips of ``rows`` image rows: the same image in less memory."""
+        decoder, z = self._base_decoder_input(z_base)
+        return Strips(rows, on_strip).decode(decoder, decoder.mid(decoder.conv_in(z)))
+
+    def _base_decoder_input(self, z_base: torch.Tensor) -> tuple[Decoder, torch.Tensor]:
+        """The base decoder, and what it takes of a base latent; raises as :meth:`decode_base` does."""
+        if self.base_decoder is None:
+            raise DAVAEError(
+                "this DA-VAE file holds no base decoder, so it cannot decode a base latent by itself; decode it with "
+                "the base model's own VAE file"
+            )
+        if z_base.ndim != 4 or z_base.shape[1] != self.latent.base_channels:
+            expected = f"[batch, {self.latent.base_channels}, height, width]"
+            raise LatentError(f"base latent has shape {list(z_base.shape)}, expected {expected}")
+        return self.base_decoder, through(self.base_post_quant_conv, z_base)
+
     def _base_mean(self, moments: torch.Tensor) -> torch.Tensor:
-        """Of what the base encoder gives, ``[B, 2C, h, w]``, to the base latent."""
+        """Mean latent from base-encoder moments ``[B, 2C, h, w]``."""
         return latent_from_moments(through(self.base_quant_conv, moments))
 
     def _joined(self, z_base: torch.Tensor, z_detail: torch.Tensor) -> torch.Tensor:

@@ -73,12 +73,18 @@ class LatentSpec:
         return self.base_factor * self.scale
 
     def check(self, z: torch.Tensor, what: str = "latent") -> None:
-        """Raise LatentError unless ``z`` is ``[B, C + D, h, w]``."""
-        if z.ndim != 4 or z.shape[1] != self.channels:
+        """Raise LatentError unless ``z`` is ``[B, C + D, h, w]`` with at least one picture in the batch."""
+        self.check_shape(tuple(z.shape), what)
+
+    def check_shape(self, shape: tuple[int, ...], what: str = "latent") -> None:
+        """:meth:`check` of a shape."""
+        if len(shape) != 4 or shape[1] != self.channels:
             raise LatentError(
-                f"{what} has shape {list(z.shape)}, expected [batch, {self.channels}, height/{self.factor}, "
+                f"{what} has shape {list(shape)}, expected [batch, {self.channels}, height/{self.factor}, "
                 f"width/{self.factor}] ({self.base_channels} base + {self.detail_channels} detail channels)"
             )
+        if not all(shape):
+            raise LatentError(f"{what} has shape {list(shape)}: there is no picture in it")
 
     def split(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[B, C + D, h, w]`` to views ``[B, C, h, w]``, ``[B, D, h, w]``."""
@@ -137,9 +143,10 @@ def with_base(z: torch.Tensor, z_base: torch.Tensor, spec: LatentSpec) -> torch.
 
 def with_zero_detail(z_base: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
     """An ordinary latent ``[B, C, h, w]`` as the base of an image s times the size: ``[B, C + D, h, w]``."""
-    if z_base.ndim != 4 or z_base.shape[1] != spec.base_channels:
+    if z_base.ndim != 4 or z_base.shape[1] != spec.base_channels or not z_base.numel():
         raise LatentError(
-            f"base latent has shape {list(z_base.shape)}, expected [batch, {spec.base_channels}, height, width]"
+            f"base latent has shape {list(z_base.shape)}, expected [batch, {spec.base_channels}, height, width], none "
+            "of them 0"
         )
     batch, _, height, width = z_base.shape
     return torch.cat([z_base, z_base.new_zeros(batch, spec.detail_channels, height, width)], dim=1)

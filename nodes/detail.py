@@ -76,6 +76,17 @@ def mask_of(size: tuple[int, ...], mask: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.interpolate(mask[:, None], size=size, mode="bilinear")[:, 0]
 
 
+def require_image(image: torch.Tensor) -> None:
+    """Raise LatentError unless this is an IMAGE ``[B, H, W, 3 or more]`` with a picture in it."""
+    if image.ndim != 4 or not all(image.shape):
+        raise LatentError(
+            f"the IMAGE has shape {list(image.shape)}, expected [batch, height, width, 3] with at least one picture: "
+            "an empty batch or a video cannot be encoded"
+        )
+    if image.shape[-1] < 3:
+        raise LatentError(f"the image has {image.shape[-1]} channels, expected red, green and blue")
+
+
 def require_base_of(z_base: torch.Tensor, pixels: torch.Tensor, spec: LatentSpec) -> None:
     """Raise LatentError unless ``z_base`` can be the base of the (already fitted) image."""
     batch, height, width, _ = pixels.shape
@@ -140,9 +151,8 @@ class DetailEncode(io.ComfyNode):
         base_latent: Latent | None = None,
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
+        require_image(image)
         spec, size = davae.latent, tuple(image.shape[1:3])
-        if image.shape[-1] < 3:
-            raise LatentError(f"the image has {image.shape[-1]} channels, expected red, green and blue")
         pixels = fit(image[..., :3], spec, size_rule)
         z_base = None if base_latent is None else base_latent["samples"]
         if z_base is not None:

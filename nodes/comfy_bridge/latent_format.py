@@ -23,6 +23,8 @@ def require_channels(spec: LatentSpec, shape: tuple[int, ...]) -> None:
             f"base + {spec.detail_channels} detail). Make it with Empty DA-VAE Latent or Detail Encode, or turn an "
             "ordinary SD3 latent into one with Base to DA-VAE Latent"
         )
+    if not all(shape):
+        raise LatentError(f"the LATENT has shape {list(shape)}: there is no picture in it to sample")
 
 
 def colour_previews(format: comfy.latent_formats.LatentFormat, preview: Sequence[float]) -> None:

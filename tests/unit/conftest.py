@@ -3,9 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from davae_core.autoencoder import AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig
@@ -123,3 +127,36 @@ def picture() -> Callable[..., torch.Tensor]:
         return x
 
     return make
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made within it have held at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.live: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.live = {storage: size for storage, size in self.live.items() if not storage.expired()}
+        given = {
+            StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := StorageWeakRef(tensor.untyped_storage())) not in given:
+                self.live[storage] = tensor.untyped_storage().nbytes()
+        self.bytes = max(self.bytes, sum(self.live.values()))
+        return out
+
+
+@pytest.fixture
+def peak() -> Callable[[Callable[[], object]], int]:
+    """``peak(call)``: the most bytes that tensors made by the call hold at a time, whatever device they are on."""
+
+    def count(call: Callable[[], object]) -> int:
+        with Peak() as tracked:
+            call()
+        return tracked.bytes
+
+    return count
