@@ -31,7 +31,7 @@ for stage, command in json.loads(sys.argv[1]):
 STEPS = 4
 # Adam follows the sign of its first gradients, so where one is near zero its last bits decide. Small steps keep apart
 # what this makes of rounding, and what a wrong batch would.
-CALM = ("--optimiser.lr", "1e-4")
+CALM = ("--optimiser.lr", "1e-4", "--run.precision", "fp32")
 
 
 Curves = dict[str, dict[int, float]]

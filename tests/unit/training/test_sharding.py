@@ -27,7 +27,7 @@ OPTIONS = [
     "constant",
 ]
 # As in test_processes: small steps keep rounding apart from mistakes.
-CALM = ["--optimiser.lr", "1e-4"]
+CALM = ["--optimiser.lr", "1e-4", "--run.precision", "fp32"]
 STEPS = 20
 DRIVER = """
 import json, sys
