@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .locate import REPOSITORY
 
@@ -40,10 +41,16 @@ class Program:
         arguments: its command line.
         environment: environment variables beside those of this process.
         session: let it lead a session of its own, as a program in a terminal does.
+        folder: where it runs; the repository by default.
     """
 
     def __init__(
-        self, module: str, *arguments: str, environment: Mapping[str, str] | None = None, session: bool = False
+        self,
+        module: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        session: bool = False,
+        folder: Path = REPOSITORY,
     ) -> None:
         self._said = tempfile.TemporaryDirectory(prefix="davae-warm-")
         self._files = [Path(self._said.name) / name for name in ("stdout", "stderr")]
@@ -51,7 +58,8 @@ class Program:
         processes.set_forkserver_preload(COMPANY)
         variables = {**os.environ, **(environment or {})}
         self._process = processes.Process(
-            target=_become, args=(module, arguments, variables, session, [str(file) for file in self._files])
+            target=_become,
+            args=(module, arguments, variables, session, str(folder), [str(file) for file in self._files]),
         )
         self._process.start()
 
@@ -93,21 +101,23 @@ class Program:
         return [file.read_text(encoding="utf-8") if file.exists() else "" for file in self._files]
 
 
-def run(module: str, *arguments: str, **options: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def run(module: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a module to its end; the options are those of :class:`Program`."""
-    program = Program(module, *arguments, **options)  # type: ignore[arg-type]
+    program = Program(module, *arguments, **options)
     out, err = program.communicate()
     return subprocess.CompletedProcess([module, *arguments], program.returncode or 0, out, err)
 
 
-def _become(module: str, arguments: list[str], variables: dict[str, str], session: bool, files: list[str]) -> None:
+def _become(
+    module: str, arguments: list[str], variables: dict[str, str], session: bool, folder: str, files: list[str]
+) -> None:
     if session:
         os.setsid()
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     os.environ.clear()
     os.environ.update(variables)
-    os.chdir(REPOSITORY)
+    os.chdir(folder)
     sys.path.insert(0, str(REPOSITORY))
     sys.argv = [module, *arguments]
     if "DAVAE_TEST_PRECISION" in variables:

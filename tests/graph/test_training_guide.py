@@ -1,18 +1,21 @@
 """docs/TRAINING.md, from raw images to a picture in ComfyUI: every command as written, at a tiny scale.
 
-The commands run in a folder where everything they name is there, only small. What stands in for `python`, `accelerate`
-and `pip` adds options at the end that make each training two steps on images of 64 px.
+The commands run in a folder where everything they name is there, only small, with options at the end that make each
+training two steps on images of 64 px. The gate runs the programs in forked processes, and only reads the settings of
+those for several GPUs; with --all a shell runs each block as it stands.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,9 @@ from PIL import Image
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.checkpoints import files
 from davae_core.mmdit import MMDiT, MMDiTConfig
-from harness import sd35
+from davae_core.training import stages
+from davae_core.training.run.config import from_command_line
+from harness import sd35, warm
 from harness.graph import Graph
 from harness.headless import HeadlessComfy
 from harness.locate import REPOSITORY, ComfyUI
@@ -55,6 +60,7 @@ before += ["--main_process_port", os.environ["FREE_PORT"]]
 after += small[" ".join([module, *after[:2]])].split()
 os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", *before, "-m", module, *after])
 """
+ALONE = {"CUDA_VISIBLE_DEVICES": ""}
 PIP = f"""#!{sys.executable}
 import importlib.metadata, sys
 for name in sys.argv[2:]:
@@ -64,11 +70,12 @@ for name in sys.argv[2:]:
 
 
 def blocks() -> list[str]:
-    """The commands of the guide, in order; those of an indented block belong together."""
-    return [block.strip("\n") for block in re.findall(r"(?:^ {4}.*\n)+", GUIDE.read_text(encoding="utf-8"), re.M)]
+    """The commands of the guide, in order; those of an indented block belong together. The map of folders is none."""
+    indented = re.findall(r"(?:^ {4}.*\n)+", GUIDE.read_text(encoding="utf-8"), re.M)
+    return [block.strip("\n") for block in indented if not block.startswith("    davae_core/")]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def place(base: Path, comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like the root of the repository, with what a person has to bring."""
     place = tmp_path_factory.mktemp("guide")
@@ -94,8 +101,29 @@ def place(base: Path, comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory
     return place
 
 
-def run(command: str, place: Path) -> None:
-    """A block of the guide, in a shell."""
+def forked(block: str, place: Path) -> None:
+    """A block of the guide, its programs forked from one that has torch imported; those for several GPUs only read."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["python", "-m"]:
+            done = warm.run(words[2], *words[3:], *smaller(words[2:]), environment=ALONE, folder=place)
+            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        elif words[0] == "accelerate":
+            module, name, *settings = words[words.index("-m") + 1 :]
+            assert module == "davae_core.training"
+            assert (place / words[words.index("--config_file") + 1]).is_file()
+            from_command_line(stages.STAGES[name].recipes, "", [*settings, *smaller([module, name, *settings])])
+        elif words[0] != "pip":
+            subprocess.run(words, cwd=place, check=True)
+
+
+def smaller(words: list[str]) -> list[str]:
+    """What is added to a command to make it small."""
+    return next((more.split() for start, more in SMALL.items() if " ".join(words).startswith(start)), [])
+
+
+def in_a_shell(command: str, place: Path) -> None:
+    """A block of the guide as it stands."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -104,18 +132,23 @@ def run(command: str, place: Path) -> None:
     for name, text in {"python": PYTHON, "accelerate": ACCELERATE, "pip": PIP}.items():
         (programs / name).write_text(text, encoding="utf-8")
         (programs / name).chmod(stat.S_IRWXU)
-    environment = os.environ | {
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "PYTHONPATH": str(place),
-        "CUDA_VISIBLE_DEVICES": "",
-        "FREE_PORT": str(port),
-    }
+    environment = (
+        os.environ
+        | ALONE
+        | {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "PYTHONPATH": str(place),
+            "FREE_PORT": str(port),
+        }
+    )
     done = subprocess.run(["bash", "-ec", command], cwd=place, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-@pytest.mark.slow
-def test_every_command_of_the_guide_runs_and_what_it_makes_draws_a_picture(place: Path, comfy: HeadlessComfy) -> None:
+@pytest.mark.parametrize("run", [forked, pytest.param(in_a_shell, marks=pytest.mark.slow)])
+def test_every_command_of_the_guide_runs_and_what_it_makes_draws_a_picture(
+    place: Path, comfy: HeadlessComfy, run: Callable[[str, Path], None]
+) -> None:
     for kind in ("vae", "loras", "diffusion_models"):
         (comfy.base / "models" / kind).mkdir(exist_ok=True)
     for block in blocks():
