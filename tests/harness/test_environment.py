@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dev as program
 from harness import environment
 from harness.scratch import PROBE_NAME, make_base
 
@@ -98,6 +99,25 @@ def test_dev_test_passes_its_arguments_and_gives_back_pytests_exit_code(comfyui)
     assert collected.returncode == 0, collected.stdout + collected.stderr
     assert "test_each_comfyui_has_its_own_environment_and_specification" in collected.stdout
     assert dev("test", "tests/no_such_file.py", **variables).returncode == 4
+
+
+@pytest.mark.parametrize("more", [(), ("--all",)])
+def test_slow_tests_are_left_out_unless_all_are_asked_for(comfyui, more):
+    variables = {"COMFYUI_PYTHON": sys.executable, "COMFYUI_DIR": str(comfyui.root)}
+    collected = dev("test", "--collect-only", "-q", "tests/harness/test_server.py", *more, **variables).stdout
+    assert "test_a_failing_node_is_named" in collected
+    assert ("test_an_exception_leaves_no_server_behind" in collected) == bool(more)
+
+
+def test_two_workers_run_the_suite_where_there_are_two_cores(monkeypatch):
+    python = Path(sys.executable)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert program.workers(python, [])[:2] == ["--numprocesses", "2"]
+    assert program.workers(python, ["tests/unit", "--all"])[:2] == ["--numprocesses", "2"]
+    for alone in (["tests/test_lint.py"], ["-n0"], ["--pdb"]):
+        assert program.workers(python, alone) == []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert program.workers(python, []) == []
 
 
 def test_dev_help_names_every_task():

@@ -78,7 +78,6 @@ def launch(*command: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", OPTIONS)
 def test_two_processes_give_the_losses_of_one(stages: Any, two_processes: Path, tmp_path: Path, stage: str) -> None:
     assert stages.run(stage, tmp_path, STEPS, *CALM, *OPTIONS[stage].split()) == 0
@@ -87,7 +86,6 @@ def test_two_processes_give_the_losses_of_one(stages: Any, two_processes: Path, 
     assert difference < 1e-4
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_both_processes_with_the_state_saved(stages: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = stages.command("adapter", out, 1_000_000, "--run.sample-every", "4", "--optimiser.schedule", "constant")
