@@ -26,6 +26,7 @@ from .errors import CheckpointError, DAVAEError
 from .history import History
 from .latent import LatentSpec
 from .mmdit import MMDiTConfig
+from .shapes import dims
 
 PREFIX = "davae."
 EMBED, HEAD = MMDIT.embedder, MMDIT.head
@@ -34,6 +35,15 @@ WIDENED = (f"{EMBED}weight", f"{EMBED}bias", f"{HEAD}weight", f"{HEAD}bias")
 # LoRA module name (diffusers) -> weight in the SD3.5 layout, and which third of a fused projection it is.
 LORA_MODULES = dict(MMDIT.lora_modules)
 PAPER_TARGETS = MMDIT.lora_targets
+
+# Features of a LoRA module, in parts of the model's width: (out, several where blocks differ), in.
+_FEATURES: dict[str, tuple[tuple[int, ...], int]] = {
+    "norm1.linear": ((6, 9), 1),
+    "ff.net.0.proj": ((4,), 1),
+    "ff_context.net.0.proj": ((4,), 1),
+    "ff.net.2": ((1,), 4),
+    "ff_context.net.2": ((1,), 4),
+}
 
 _BLOCK = re.escape(MMDIT.lora_block).replace(r"\{\}", r"(\d+)")
 _LORA_NAME = re.compile(rf"({_BLOCK}(.+))\.(lora_A\.weight|lora_B\.weight|alpha)")
@@ -85,19 +95,37 @@ class AdapterConfig:
             CheckpointError: the tensors of an adapter are not there.
         """
         try:
-            hidden, detail, patch, _ = state[f"{PREFIX}{EMBED}detail.weight"].shape
-            rows = state[f"{PREFIX}{HEAD}detail.weight"].shape[0]
-            bias = state[f"{PREFIX}{HEAD}detail.bias"].shape[0]
-        except (KeyError, ValueError) as problem:
-            raise CheckpointError(f"not a DA-VAE adapter: {problem} is not there or misshapen") from problem
+            hidden, detail, patch, across = dims(state, f"{PREFIX}{EMBED}detail.weight", 4)
+            rows, columns = dims(state, f"{PREFIX}{HEAD}detail.weight", 2)
+            (bias,) = dims(state, f"{PREFIX}{HEAD}detail.bias", 1)
+            delta = f"{PREFIX}{EMBED}delta.weight"
+            base = dims(state, delta, 4)[1] if delta in state else base_channels
+        except CheckpointError as problem:
+            raise CheckpointError(f"not a DA-VAE adapter: {problem}") from problem
         if rows != patch**2 * detail or bias != rows:
             raise CheckpointError(
                 f"damaged adapter: its embedder is for {detail} detail channels, its head for {rows / patch**2:g} "
                 f"(bias: {bias / patch**2:g})"
             )
-        _lora_stems(state)
-        delta = state.get(f"{PREFIX}{EMBED}delta.weight")
-        base = delta.shape[1] if delta is not None else base_channels
+        optional = {
+            f"{PREFIX}{EMBED}delta.weight": (hidden, base, patch, patch),
+            f"{PREFIX}{EMBED}delta.bias": (hidden,),
+            f"{PREFIX}{HEAD}delta.weight": (patch**2 * base, hidden),
+            f"{PREFIX}{HEAD}delta.bias": (patch**2 * base,),
+        }
+        for name, shape in optional.items():
+            if name in state and tuple(state[name].shape) != shape:
+                raise CheckpointError(f"damaged adapter: {name} is {list(state[name].shape)}, expected {list(shape)}")
+        if (across, columns) != (patch, hidden):
+            raise CheckpointError(
+                f"damaged adapter: its embedder's patches are {patch} x {across}, its head reads {columns} features of "
+                f"{hidden}"
+            )
+        own = {f"{PREFIX}{EMBED}detail.weight", f"{PREFIX}{HEAD}detail.weight", f"{PREFIX}{HEAD}detail.bias", *optional}
+        unknown = [name for name in state if name.startswith(PREFIX) and name not in own]
+        if unknown:
+            raise CheckpointError(f"unknown tensor in the adapter: {unknown[0]}")
+        _check_lora(state, hidden)
         return cls(latent=LatentSpec(base_channels=base, detail_channels=detail), hidden=hidden, patch=patch)
 
 
@@ -162,16 +190,10 @@ def zero_adapter(
 
 def _module_shape(module: str, model: MMDiTConfig, block: int) -> tuple[int, int]:
     """(out, in) features of a LoRA module."""
-    hidden = model.hidden
-    if module == "norm1.linear":
-        return (9 if block in model.dual_attention else 6) * hidden, hidden
-    if module in ("ff.net.2", "ff_context.net.2"):
-        return hidden, 4 * hidden
-    if module in ("ff.net.0.proj", "ff_context.net.0.proj"):
-        return 4 * hidden, hidden
-    if module in LORA_MODULES:
-        return hidden, hidden
-    raise DAVAEError(f"unknown LoRA module {module!r}, expected one of {', '.join(LORA_MODULES)}")
+    if module not in LORA_MODULES:
+        raise DAVAEError(f"unknown LoRA module {module!r}, expected one of {', '.join(LORA_MODULES)}")
+    outs, features = _FEATURES.get(module, ((1,), 1))
+    return outs[block in model.dual_attention if len(outs) > 1 else 0] * model.hidden, features * model.hidden
 
 
 def check_fits(adapter: AdapterConfig, embedder: tuple[int, ...], head: tuple[int, ...]) -> None:
@@ -252,6 +274,22 @@ def _lora_stems(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, str]]
         if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
             raise CheckpointError(f"damaged adapter: {stem} has factors of shapes {list(down)} and {list(up)}")
     return stems
+
+
+def _check_lora(state: Mapping[str, torch.Tensor], hidden: int) -> None:
+    """Raise CheckpointError unless every LoRA fits its module in a model of this width."""
+    for stem, (_, module) in _lora_stems(state).items():
+        outs, features = _FEATURES.get(module, ((1,), 1))
+        down, up = (state[f"{stem}.lora_{factor}.weight"].shape for factor in "AB")
+        if down[1] != features * hidden or up[0] not in [out * hidden for out in outs] or not down[0]:
+            raise CheckpointError(
+                f"damaged adapter: {stem} has factors of shapes {list(down)} and {list(up)}, expected [rank, "
+                f"{features * hidden}] and [{' or '.join(str(out * hidden) for out in outs)}, rank] for a model of "
+                f"width {hidden}"
+            )
+        alpha = state.get(f"{stem}.alpha")
+        if alpha is not None and alpha.numel() != 1:
+            raise CheckpointError(f"damaged adapter: {stem}.alpha holds {alpha.numel()} numbers, expected one")
 
 
 def lora_deltas(adapter: Adapter) -> Iterator[tuple[str, int | None, torch.Tensor]]:

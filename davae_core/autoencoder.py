@@ -16,10 +16,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 
 from .errors import CheckpointError, DAVAEError
+from .shapes import dims, numbered
 
 NORM_GROUPS = 32
 ATTENTION_SCORES = 2**24  # held at a time where the attention has no fused kernel: 64 MiB in float32
 LOGVAR_RANGE = (-30.0, 20.0)
+MOST_LEVELS, MOST_BLOCKS = 8, 16  # of a file; the published ones have 3 to 5 levels of 2 blocks
 
 
 @dataclass(frozen=True)
@@ -74,33 +76,36 @@ class AutoencoderConfig:
             CheckpointError: the names are not those of an LDM-layout encoder, or the latent has other channels than
                 the encoder gives.
         """
-        try:
-            levels = _count(state, rf"{re.escape(prefix)}down\.(\d+)\.block\.0\.norm1\.weight")
-            blocks = _count(state, rf"{re.escape(prefix)}down\.0\.block\.(\d+)\.norm1\.weight")
-            widths = tuple(state[f"{prefix}down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels))
-            moments = state[f"{prefix}conv_out.weight"].shape[0]  # mean and log-variance
-            quant = state.get(f"{prefix.removesuffix('encoder.')}quant_conv.weight")
-            if quant is not None and tuple(quant.shape) != (moments, moments, 1, 1):
-                raise CheckpointError(
-                    f"its quant_conv has shape {list(quant.shape)}, expected {[moments, moments, 1, 1]}: a KL "
-                    f"autoencoder whose encoder gives mean and log-variance of {moments // 2} channels and whose "
-                    "latent has as many. Use a KL autoencoder"
-                )
-            return cls(
-                widths=widths,
-                blocks=blocks,
-                latent_channels=moments // 2,
-                image_channels=state[f"{prefix}conv_in.weight"].shape[1],
-                quant_conv=quant is not None,
-                attention=tuple(i for i in range(levels) if f"{prefix}down.{i}.attn.0.norm.weight" in state),
+        first = rf"{re.escape(prefix)}down\.(\d+)\.block\.0\.norm1\.weight"
+        levels = numbered(_numbers(state, first), "resolution levels", MOST_LEVELS)
+        inner = rf"{re.escape(prefix)}down\.0\.block\.(\d+)\.norm1\.weight"
+        blocks = numbered(_numbers(state, inner), "blocks of a level", MOST_BLOCKS)
+        if not levels:
+            raise CheckpointError(
+                f"not an LDM-layout autoencoder: no tensor is called {prefix}down.0.block.0.norm1.weight"
             )
-        except KeyError as missing:
-            raise CheckpointError(f"not an LDM-layout autoencoder: the tensor {missing} is not there") from missing
+        widths = tuple(dims(state, f"{prefix}down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
+        moments = dims(state, f"{prefix}conv_out.weight", 4)[0]  # mean and log-variance
+        quant = f"{prefix.removesuffix('encoder.')}quant_conv.weight"
+        if quant in state and tuple(state[quant].shape) != (moments, moments, 1, 1):
+            raise CheckpointError(
+                f"its quant_conv has shape {list(state[quant].shape)}, expected {[moments, moments, 1, 1]}: a KL "
+                f"autoencoder whose encoder gives mean and log-variance of {moments // 2} channels and whose "
+                "latent has as many. Use a KL autoencoder"
+            )
+        return cls(
+            widths=widths,
+            blocks=blocks,
+            latent_channels=moments // 2,
+            image_channels=dims(state, f"{prefix}conv_in.weight", 4)[1],
+            quant_conv=quant in state,
+            attention=tuple(i for i in range(levels) if f"{prefix}down.{i}.attn.0.norm.weight" in state),
+        )
 
 
-def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """How many numbers the one group of ``pattern`` takes among the names."""
-    return len({match.group(1) for name in state if (match := re.fullmatch(pattern, name))})
+def _numbers(state: Mapping[str, torch.Tensor], pattern: str) -> set[int]:
+    """The numbers that the one group of ``pattern`` takes among the names."""
+    return {int(match.group(1)[:9]) for name in state if (match := re.fullmatch(pattern, name, re.ASCII))}
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -33,6 +33,7 @@ from .autoencoder import (
 from .bases import normalisation_by_shape
 from .errors import CheckpointError, DAVAEError, LatentError
 from .latent import LatentSpec
+from .shapes import dims
 from .strips import Strips
 
 DEFAULT_ROWS = 64
@@ -72,14 +73,14 @@ class DAVAEConfig:
         """
         base = AutoencoderConfig.from_state_dict(state, "base_encoder.")
         try:
-            up = state["joint_up.conv.weight"]  # [width s^2, C + D, 3, 3]
-        except KeyError as missing:
-            raise CheckpointError(f"not a DA-VAE: the tensor {missing} is not there") from missing
+            up = dims(state, "joint_up.conv.weight", 4)  # [width s^2, C + D, 3, 3]
+        except CheckpointError as problem:
+            raise CheckpointError(f"not a DA-VAE: {problem}") from problem
         shift, scale = normalisation_by_shape(base)
         latent = LatentSpec(
             base_channels=base.latent_channels,
-            detail_channels=up.shape[1] - base.latent_channels,
-            scale=math.isqrt(up.shape[0] // base.feature_channels),
+            detail_channels=up[1] - base.latent_channels,
+            scale=math.isqrt(up[0] // base.feature_channels),
             base_factor=base.factor,
             base_shift=shift,
             base_scale=scale,

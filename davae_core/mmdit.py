@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import CheckpointError, DAVAEError, LatentError
+from .shapes import dims, number_at, numbered
 
 HEAD_DIM = 64
 TIME_FREQUENCIES = 256
+MOST_BLOCKS = 128  # of a file; SD3.5-large has 38
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         if self.hidden % HEAD_DIM or self.hidden < HEAD_DIM:
             raise DAVAEError(f"hidden must be a multiple of {HEAD_DIM}, got {self.hidden}")
+        if min(self.depth, self.in_channels, self.out_channels, self.patch, self.grid) < 1:
+            raise DAVAEError(f"a model needs at least one block, channel and place in its position grid, got {self}")
 
     @property
     def heads(self) -> int:
@@ -62,27 +66,24 @@ class MMDiTConfig:
         Raises:
             CheckpointError: the names are not those of an SD3 / SD3.5 diffusion model.
         """
-        blocks = {int(name.split(".")[1]) for name in state if name.startswith("joint_blocks.")}
         try:
-            hidden, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
+            blocks = {number_at(name, 1) for name in state if name.startswith("joint_blocks.")}
+            depth = numbered(blocks, "joint blocks", MOST_BLOCKS)
+            hidden, in_channels, patch, _ = dims(state, "x_embedder.proj.weight", 4)
             return cls(
                 hidden=hidden,
-                depth=len(blocks),
+                depth=depth,
                 in_channels=in_channels,
-                out_channels=state["final_layer.linear.weight"].shape[0] // patch**2,
+                out_channels=dims(state, "final_layer.linear.weight", 2)[0] // patch**2,
                 patch=patch,
-                grid=math.isqrt(state["pos_embed"].shape[1]),
-                context=state["context_embedder.weight"].shape[1],
-                pooled=state["y_embedder.mlp.0.weight"].shape[1],
-                dual_attention=tuple(
-                    i for i in sorted(blocks) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state
-                ),
+                grid=math.isqrt(dims(state, "pos_embed", 3)[1]),
+                context=dims(state, "context_embedder.weight", 2)[1],
+                pooled=dims(state, "y_embedder.mlp.0.weight", 2)[1],
+                dual_attention=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state),
                 qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in state,
             )
-        except (KeyError, ValueError) as problem:
-            raise CheckpointError(
-                f"not an SD3 / SD3.5 diffusion model: {problem} is not there or misshapen"
-            ) from problem
+        except CheckpointError as problem:
+            raise CheckpointError(f"not an SD3 / SD3.5 diffusion model: {problem}") from problem
 
 
 class Mlp(nn.Module):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ..adapter import EMBED, HEAD, PREFIX, WIDENED, Adapter, AdapterConfig, Recommended, lora_deltas, widen
 from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
-from . import files, lora, reference, verify
+from . import files, layout, lora, pickled, reference, verify
 from .authors_autoencoder import read_statistics
 from .tensors import Tensors, in_memory
 
@@ -70,10 +70,12 @@ def read(content: Mapping[str, Any], file: str, average: bool | None = None) -> 
     """
     model = content.get("model_state_dict", content)
     ema = content.get("ema_state_dict")
-    if not isinstance(model, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in model.values()):
+    if not isinstance(model, dict):
         raise CheckpointError(f"{file}: model_state_dict is no state dict, expected tensors by name")
+    pickled.check(model, file)
     if average and not isinstance(ema, dict):
         raise CheckpointError(f"{file} holds no running average (ema_state_dict); take --weights last")
+    pickled.check(ema if isinstance(ema, dict) else {}, file)
     running: dict[str, Any] = ema if isinstance(ema, dict) and average is not False else {}
     branches = _branches(model) | _branches(running)
     lacking = [name for name in _BRANCHES if name not in branches]
@@ -137,6 +139,8 @@ def convert(
     Raises:
         CheckpointError: shapes do not fit the base model, values are NaN, or the results differ.
     """
+    layout.check_floats(trained.branches, file)
+    layout.diffusion_model(base.meta, "the base model")
     parts = {name: tensor.float() for name, tensor in trained.branches.items()}
     files.check_finite({**parts, **lora_state}, file)
     pretrained = {name: base[name].float() for name in WIDENED}

@@ -12,7 +12,6 @@ features, so that another order of channels is another order of features, and of
 them. Groups of the decoder's norms hold features of one channel only, so the order can be changed without a trace.
 """
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..autoencoder import NORM_GROUPS, Autoencoder
 from ..davae import DAVAE, DAVAEConfig
 from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
-from . import files, reference, verify
+from . import files, foreign_json, layout, reference, settings, verify
 from .diffusers_names import vae_config, vae_rules
 from .names import to_native
 from .tensors import Tensors
@@ -40,9 +39,9 @@ def read_statistics(path: Path, channels: int | None = None) -> tuple[tuple[floa
         CheckpointError: the file is not there, or does not hold ``channels`` finite numbers each, deviations above 0.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        mean, std = tuple(map(float, told["mean"])), tuple(map(float, told["std"]))
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        told = foreign_json.read(path)
+        mean, std = (settings.finite_numbers(told.get(name), name) for name in ("mean", "std"))
+    except CheckpointError as problem:
         raise CheckpointError(
             f"{path.name} is no statistics file: {problem}. Expected JSON with two lists of numbers, mean and std, one "
             "number for each detail channel"
@@ -53,8 +52,8 @@ def read_statistics(path: Path, channels: int | None = None) -> tuple[tuple[floa
             f"{path.name} holds {len(mean)} means and {len(std)} deviations, expected {count} of each: one for each "
             "detail channel"
         )
-    if not all(math.isfinite(value) for value in (*mean, *std)) or not all(value > 0 for value in std):
-        raise CheckpointError(f"{path.name}: means must be finite, deviations finite and above 0")
+    if not all(value > 0 for value in std):
+        raise CheckpointError(f"{path.name}: deviations must be above 0")
     return mean, std
 
 
@@ -93,7 +92,7 @@ def convert(source: Tensors, statistics: Path, file: str, base: Tensors | None =
     with torch.device("meta"):
         plain = Autoencoder(config)
     for tensors in (ours, own):
-        verify.check_layout(tensors, plain, file)
+        layout.check(tensors.meta, plain, file)
     state = {name.replace("encoder.", "base_encoder.", 1): ours[name] for name in ours if name.startswith("encoder.")}
     state |= {name.replace("decoder.", "base_decoder.", 1): ours[name] for name in ours if name.startswith("decoder.")}
     trunk = [name for name in own if name.startswith("encoder.") and not name.startswith("encoder.conv_out.")]

@@ -20,7 +20,18 @@ from ..bases import BASES
 from ..errors import CheckpointError
 from ..history import History, identity
 from ..mmdit import MMDiTConfig
-from . import authors_adapter, authors_autoencoder, export, files, lora, metadata, native, tensors, verify
+from . import (
+    authors_adapter,
+    authors_autoencoder,
+    export,
+    files,
+    foreign_json,
+    lora,
+    metadata,
+    native,
+    tensors,
+    verify,
+)
 from .opening import Opened, Part, open_any
 
 
@@ -110,10 +121,7 @@ def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -
             f"{args.src} reads {channels} channels and does not tell what they are; put the {export.LATENT} beside it "
             "that belongs to it, or convert base model and adapter and merge them"
         )
-    try:
-        config = json.loads(beside[0].read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise CheckpointError(f"{beside[0]} is not readable ({problem})") from problem
+    config = foreign_json.read(beside[0])
     latent, recommended = metadata.latent_of(config, beside[0].name)
     if latent.channels != channels:
         raise CheckpointError(f"{beside[0]} tells of {latent.channels} channels, the model reads {channels}")

@@ -43,8 +43,9 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
     """
     names = set(shapes)
 
-    def shape(name: str) -> tuple[int, ...]:
-        return tuple(getattr(shapes[name], "shape", shapes[name]))
+    def side(name: str, dimension: int) -> int:
+        shape = tuple(getattr(shapes[name], "shape", shapes[name])) if name in names else ()
+        return shape[dimension] if len(shape) > dimension else 0
 
     def any_starts(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in names)
@@ -60,15 +61,15 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
     if any_starts("tokenizer_patch_embed.") and any_starts("project_out."):
         return Detected("authors adapter", "embedder and head of the authors' SD3 release")
     if "transformer_blocks.0.attn.add_q_proj.weight" in names and "pos_embed.proj.weight" in names:
-        channels = shape("pos_embed.proj.weight")[1]
+        channels = side("pos_embed.proj.weight", 1)
         return Detected("diffusers transformer", f"diffusers' SD3 transformer with {channels} channels")
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in names and "decoder.conv_in.weight" in names:
-        channels = shape("decoder.conv_in.weight")[1]
+        channels = side("decoder.conv_in.weight", 1)
         return Detected("diffusers vae", f"diffusers' AutoencoderKL with {channels} latent channels (no detail branch)")
     for prefix in ("", *CHECKPOINT_PREFIXES):
         if f"{prefix}{bases.MMDIT.mark}" in names:
             embedder = f"{prefix}{bases.MMDIT.embedder}weight"
-            channels = shape(embedder)[1] if embedder in names else 0
+            channels = side(embedder, 1)
             if kind == "model" or channels > bases.SD3.latent_channels:
                 return Detected("model", f"an SD3.5 diffusion model with {channels} channels (a merged DA-VAE model)")
             if any_starts("first_stage_model.", "text_encoders."):
@@ -76,7 +77,7 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
             return Detected("sd3 model", f"an unadapted SD3 / SD3.5 diffusion model with {channels} channels")
     for prefix in ("", "first_stage_model."):
         if f"{prefix}decoder.conv_in.weight" in names and f"{prefix}encoder.conv_in.weight" in names:
-            channels = shape(f"{prefix}decoder.conv_in.weight")[1]
+            channels = side(f"{prefix}decoder.conv_in.weight", 1)
             quant = f"{prefix}quant_conv.weight" in names
             if channels == bases.SD3.latent_channels and not quant:
                 return Detected("sd3 vae", "a plain VAE with 16 latent channels, like SD3's (no detail branch)")

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
-from ..autoencoder import NORM_GROUPS, Autoencoder, AutoencoderConfig
+from ..autoencoder import MOST_BLOCKS as MOST_VAE_BLOCKS
+from ..autoencoder import MOST_LEVELS, NORM_GROUPS, Autoencoder, AutoencoderConfig
 from ..bases import normalisation_by_shape
-from ..errors import CheckpointError
-from ..mmdit import HEAD_DIM, MMDiT, MMDiTConfig
+from ..errors import CheckpointError, DAVAEError
+from ..mmdit import HEAD_DIM, MOST_BLOCKS, MMDiT, MMDiTConfig
+from ..shapes import dims, number_at, numbered
 from .names import Rule
 
 _MODEL = {
@@ -54,23 +56,24 @@ def transformer_config(theirs: Mapping[str, torch.Tensor]) -> MMDiTConfig:
     Raises:
         CheckpointError: the names are not those of that class.
     """
-    blocks = {int(name.split(".")[1]) for name in theirs if name.startswith("transformer_blocks.")}
     try:
-        hidden, channels, patch, _ = theirs["pos_embed.proj.weight"].shape
+        blocks = {number_at(name, 1) for name in theirs if name.startswith("transformer_blocks.")}
+        depth = numbered(blocks, "transformer blocks", MOST_BLOCKS)
+        hidden, channels, patch, _ = dims(theirs, "pos_embed.proj.weight", 4)
         return MMDiTConfig(
             hidden=hidden,
-            depth=len(blocks),
+            depth=depth,
             in_channels=channels,
-            out_channels=theirs["proj_out.weight"].shape[0] // patch**2,
+            out_channels=dims(theirs, "proj_out.weight", 2)[0] // patch**2,
             patch=patch,
-            grid=math.isqrt(theirs["pos_embed.pos_embed"].shape[1]),
-            context=theirs["context_embedder.weight"].shape[1],
-            pooled=theirs["time_text_embed.text_embedder.linear_1.weight"].shape[1],
-            dual_attention=tuple(i for i in sorted(blocks) if f"transformer_blocks.{i}.attn2.to_q.weight" in theirs),
+            grid=math.isqrt(dims(theirs, "pos_embed.pos_embed", 3)[1]),
+            context=dims(theirs, "context_embedder.weight", 2)[1],
+            pooled=dims(theirs, "time_text_embed.text_embedder.linear_1.weight", 2)[1],
+            dual_attention=tuple(i for i in range(depth) if f"transformer_blocks.{i}.attn2.to_q.weight" in theirs),
             qk_norm="transformer_blocks.0.attn.norm_q.weight" in theirs,
         )
-    except (KeyError, ValueError) as problem:
-        raise CheckpointError(f"not diffusers' SD3 transformer: {problem} is not there or misshapen") from problem
+    except DAVAEError as problem:
+        raise CheckpointError(f"not diffusers' SD3 transformer: {problem}") from problem
 
 
 def transformer_rules(config: MMDiTConfig) -> list[Rule]:
@@ -120,21 +123,23 @@ def vae_config(theirs: Mapping[str, torch.Tensor]) -> AutoencoderConfig:
     Raises:
         CheckpointError: the names are not those of that class.
     """
-    levels = _count(theirs, r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
     try:
+        found = _numbers(theirs, r"encoder\.down_blocks\.(\d+)\.resnets\.0\.conv1\.weight")
+        levels = numbered(found, "resolution levels", MOST_LEVELS)
+        blocks = _numbers(theirs, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight")
         return AutoencoderConfig(
-            widths=tuple(theirs[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(levels)),
-            blocks=_count(theirs, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.conv1\.weight"),
-            latent_channels=theirs["encoder.conv_out.weight"].shape[0] // 2,
-            image_channels=theirs["encoder.conv_in.weight"].shape[1],
+            widths=tuple(dims(theirs, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)),
+            blocks=numbered(blocks, "blocks of a level", MOST_VAE_BLOCKS),
+            latent_channels=dims(theirs, "encoder.conv_out.weight", 4)[0] // 2,
+            image_channels=dims(theirs, "encoder.conv_in.weight", 4)[1],
             quant_conv="quant_conv.weight" in theirs,
         )
-    except KeyError as missing:
-        raise CheckpointError(f"not diffusers' AutoencoderKL: the tensor {missing} is not there") from missing
+    except DAVAEError as problem:
+        raise CheckpointError(f"not diffusers' AutoencoderKL: {problem}") from problem
 
 
-def _count(theirs: Iterable[str], pattern: str) -> int:
-    return len({match.group(1) for name in theirs if (match := re.fullmatch(pattern, name))})
+def _numbers(theirs: Iterable[str], pattern: str) -> set[int]:
+    return {int(match.group(1)[:9]) for name in theirs if (match := re.fullmatch(pattern, name, re.ASCII))}
 
 
 def vae_rules(config: AutoencoderConfig) -> list[Rule]:

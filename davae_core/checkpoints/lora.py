@@ -1,6 +1,5 @@
 """LoRA files of diffusers and PEFT, read into an adapter's LoRA tensors and written for them."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ import torch
 
 from ..adapter import LORA_MODULES
 from ..errors import CheckpointError
-from . import pickled, tensors
+from . import foreign_json, layout, pickled, tensors
+from .settings import Number
 from .tensors import Tensors
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -21,6 +21,9 @@ STEM = "transformer.transformer_blocks."
 
 _NAME = re.compile(r"(?:.*\.)?transformer_blocks\.(\d+)\.(.+)\.lora_(A|B|down|up)(?:\.\w+)?\.weight")
 _ALPHA = re.compile(r"(?:.*\.)?transformer_blocks\.(\d+)\.(.+)\.alpha")
+_PLAIN = re.compile(r"[\w.]{1,200}")
+_MOST_PATTERNS = 16384
+ALPHA = Number(-1e6, 1e6)
 _FACTOR = {"A": "A", "B": "B", "down": "A", "up": "B"}
 
 
@@ -30,7 +33,7 @@ class LoraScale:
 
     Attributes:
         alpha: of every module; None for the module's rank.
-        alphas: by pattern of module names, before ``alpha``.
+        alphas: by a module's name or the end of it, before ``alpha``.
         rank_stabilised: the factor is ``alpha / sqrt(rank)``.
     """
 
@@ -40,7 +43,10 @@ class LoraScale:
 
     def of(self, module: str, rank: int) -> float:
         """The alpha by which ``alpha / rank`` is the factor of this module."""
-        told = next((a for key, a in self.alphas.items() if re.match(rf"(.*\.)?({key})$", module)), self.alpha)
+        order = {key: i for i, key in enumerate(self.alphas)}
+        parts = module.split(".")
+        named = [key for i in range(len(parts)) if (key := ".".join(parts[i:])) in order]
+        told = self.alphas[min(named, key=order.__getitem__)] if named else self.alpha  # as PEFT: the first that fits
         alpha = float(rank) if told is None else told
         return alpha * math.sqrt(rank) if self.rank_stabilised else alpha
 
@@ -80,40 +86,51 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     else:
         source, told = tensors.read(file)
     config = file.with_name("adapter_config.json")
+    settings: dict[str, Any] = {}
     if config.is_file():
-        settings = _json(config.read_text(encoding="utf-8"), config.name)
-    else:
-        settings = _json(told[METADATA], file.name) if METADATA in told else {}
+        settings = foreign_json.read(config)
+    elif METADATA in told:
+        settings = foreign_json.parse(told[METADATA], f"{file.name}: its LoRA configuration")
+    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
     return renamed(source, _scale(settings, file.name), file.name)
-
-
-def _json(text: str, file: str) -> dict[str, Any]:
-    try:
-        settings = dict(json.loads(text))
-    except (ValueError, TypeError) as problem:
-        raise CheckpointError(f"{file}: its LoRA configuration is not readable ({problem})") from problem
-    return {key.removeprefix("transformer."): value for key, value in settings.items()}
 
 
 def _scale(settings: Mapping[str, Any], file: str) -> LoraScale:
     if settings.get("use_dora") or settings.get("lora_bias") or settings.get("bias", "none") != "none":
         raise CheckpointError(f"{file} is a LoRA with DoRA or biases, which an adapter cannot hold; merge it instead")
-    alpha = settings.get("lora_alpha")
-    return LoraScale(
-        None if alpha is None else float(alpha),
-        {key: float(value) for key, value in (settings.get("alpha_pattern") or {}).items()},
-        bool(settings.get("use_rslora")),
-    )
+    try:
+        alpha = settings.get("lora_alpha")
+        patterns = settings.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict) or len(patterns) > _MOST_PATTERNS:
+            raise CheckpointError(f"alpha_pattern is no list of at most {_MOST_PATTERNS} modules with an alpha each")
+        return LoraScale(
+            None if alpha is None else float(ALPHA.read("lora_alpha", alpha)),
+            {_module(key): float(ALPHA.read("alpha_pattern", value)) for key, value in patterns.items()},
+            bool(settings.get("use_rslora")),
+        )
+    except CheckpointError as problem:
+        raise CheckpointError(f"{file}: its LoRA configuration cannot be used: {problem}") from problem
+
+
+def _module(pattern: str) -> str:
+    """A key of ``alpha_pattern`` as a module's name: PEFT takes it for a regular expression, which may never end."""
+    name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    if not _PLAIN.fullmatch(name):
+        raise CheckpointError(f"alpha_pattern names {pattern[:60]!r}, expected names of modules, not patterns")
+    return name
 
 
 def renamed(source: Tensors, scale: LoraScale, file: str) -> dict[str, torch.Tensor]:
     """LoRA tensors in any spelling of diffusers' and PEFT's names, as :func:`read` returns them; others are refused."""
     state: dict[str, torch.Tensor] = {}
-    for name in source:
+    layout.check_floats({name: meta for name, meta in source.meta.items() if not name.endswith(".alpha")}, file)
+    for name, meta in source.meta.items():
+        if (meta.numel() != 1) if name.endswith(".alpha") else (meta.ndim != 2 or not meta.numel()):
+            raise CheckpointError(f"{file}: {name} has shape {list(meta.shape)}, which is no part of a LoRA")
         if match := _NAME.fullmatch(name):
             state[f"{STEM}{match[1]}.{_known(match[2], name, file)}.lora_{_FACTOR[match[3]]}.weight"] = source[name]
         elif match := _ALPHA.fullmatch(name):
-            state[f"{STEM}{match[1]}.{_known(match[2], name, file)}.alpha"] = source[name]
+            state[f"{STEM}{match[1]}.{_known(match[2], name, file)}.alpha"] = source[name].float()
         else:
             raise CheckpointError(f"{file}: {name} is no LoRA tensor of diffusers' SD3 transformer")
     for name in list(state):

@@ -4,6 +4,7 @@ The base may lie in any layout that :mod:`.opening` reads. Memory is needed for 
 """
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from .. import command, history
 from ..adapter import LORA_MODULES, WIDENED, Adapter, lora_deltas, widen
 from ..errors import CheckpointError, DAVAEError
-from . import metadata, native, tensors
+from . import layout, metadata, native, tensors
 from .opening import open_any
 from .tensors import Tensors
 
@@ -29,11 +30,9 @@ def merged(base: Tensors, adapter: Adapter, strength: float = 1.0) -> Tensors:
         strength: factor on what the adapter changes in the pretrained weights.
 
     Raises:
-        DAVAEError: the adapter is for another model.
+        DAVAEError: the adapter is for another model, or the base is not whole or quantised.
     """
-    lacking = [name for name in WIDENED if name not in base]
-    if lacking:
-        raise CheckpointError(f"the base model lacks {lacking[0]}; it is damaged or of another kind")
+    layout.diffusion_model(base.meta, "the base model")
     wide = widen({name: base[name] for name in WIDENED}, adapter, strength)
     parts = _by_weight(adapter)
     for name in parts:
@@ -94,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.out.suffix != ".safetensors":
         raise CheckpointError(f"the merged model must be a .safetensors file, got {args.out.name}")
+    if not math.isfinite(args.strength):
+        raise CheckpointError(f"--strength must be a number, got {args.strength}")
     opened = open_any(args.base)
     print(f"{args.base}: {opened.detected.description}")
     if "diffusion_model" not in opened.parts:

@@ -1,18 +1,19 @@
 """The metadata of our safetensors files: what kind of file it is, its configuration, and who made it."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any, Literal
 
 from ..adapter import Recommended
 from ..errors import CheckpointError, DAVAEError
-from ..history import ROLES, History, Identity
+from ..history import History
 from ..latent import LatentSpec
+from . import foreign_json, settings
 
 FORMAT = "1"
+CONFIG = "davae.config"
 HISTORY = "davae.history"
 Kind = Literal["autoencoder", "adapter", "model", "text_encoder"]
 
@@ -37,7 +38,7 @@ def build(
     return {
         "davae.format": FORMAT,
         "davae.kind": kind,
-        "davae.config": json.dumps(config, sort_keys=True),
+        CONFIG: json.dumps(config, sort_keys=True),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"davae/{kind}",
         "modelspec.title": title,
@@ -50,7 +51,11 @@ def build(
 
 def history_entry(history: History | None) -> dict[str, str]:
     """The metadata that tells a history; nothing for None. For files that are not made by :func:`build`."""
-    return {} if history is None else {HISTORY: json.dumps(asdict(history), sort_keys=True)}
+    if history is None:
+        return {}
+    # What JSON has no word for, such as infinity, is kept as text.
+    plain = json.loads(json.dumps(asdict(history), default=str), parse_constant=str)
+    return {HISTORY: json.dumps(plain, sort_keys=True)}
 
 
 def history_of(metadata: Mapping[str, str], file: str) -> History | None:
@@ -62,18 +67,9 @@ def history_of(metadata: Mapping[str, str], file: str) -> History | None:
     if HISTORY not in metadata:
         return None
     try:
-        told = json.loads(metadata[HISTORY])
-        of = {role: _identity(told["of"][role]) for role in ROLES if role in told["of"]}
-        numbers = {"steps": told["steps"], "learning_rate": told["learning_rate"], "seed": told["seed"]}
-        if any(isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n) for n in numbers.values()):
-            raise ValueError("steps, learning_rate and seed must be numbers")
-        return History(**numbers, recipe=str(told["recipe"]), settings=dict(told["settings"]), of=of)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
+        return settings.history(foreign_json.parse(metadata[HISTORY], HISTORY))
+    except CheckpointError as problem:
         raise CheckpointError(f"{file}: the history in its metadata is damaged ({problem})") from problem
-
-
-def _identity(told: Mapping[str, Any]) -> Identity:
-    return Identity(str(told["name"]), {name: tuple(map(float, values)) for name, values in told["values"].items()})
 
 
 def latent_config(latent: LatentSpec, recommended: Recommended) -> dict[str, Any]:
@@ -103,15 +99,12 @@ def parse(metadata: Mapping[str, str], kind: Kind, file: str) -> dict[str, Any]:
             f"{file} has file format {metadata.get('davae.format', 'unknown')!r}, this version reads {FORMAT!r}; "
             "update the node pack"
         )
+    if CONFIG not in metadata:
+        raise CheckpointError(f"{file}: the configuration in its metadata is damaged ({CONFIG} is not there)")
     try:
-        config = json.loads(metadata["davae.config"])
-    except (KeyError, json.JSONDecodeError) as problem:
+        return foreign_json.parse(metadata[CONFIG], CONFIG)
+    except CheckpointError as problem:
         raise CheckpointError(f"{file}: the configuration in its metadata is damaged ({problem})") from problem
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{file}: the configuration in its metadata is damaged ({config!r} is no set of settings)"
-        )
-    return config
 
 
 def latent_of(config: Mapping[str, Any], file: str) -> tuple[LatentSpec, Recommended]:
@@ -121,14 +114,8 @@ def latent_of(config: Mapping[str, Any], file: str) -> tuple[LatentSpec, Recomme
         CheckpointError: they are missing or make no sense.
     """
     try:
-        return _dataclass(LatentSpec, config["latent"]), _dataclass(Recommended, config.get("recommended", {}))
-    except (KeyError, TypeError, DAVAEError) as problem:
+        if "latent" not in config:
+            raise CheckpointError("latent is not there")
+        return settings.latent(config["latent"]), settings.recommended(config.get("recommended", {}))
+    except DAVAEError as problem:
         raise CheckpointError(f"{file}: the configuration in its metadata is damaged ({problem})") from problem
-
-
-def _dataclass(cls: type, values: Mapping[str, Any]) -> Any:
-    """Build a dataclass from JSON values, lists becoming tuples; unknown entries are an error."""
-    unknown = set(values) - {field.name for field in fields(cls)}
-    if unknown:
-        raise CheckpointError(f"unknown settings {', '.join(sorted(unknown))}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

@@ -1,7 +1,7 @@
 """Our own files: autoencoder, adapter and merged model, each one safetensors file."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from ..errors import CheckpointError, DAVAEError
 from ..history import History
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
+from ..shapes import dims
 from ..text_encoder import TextEncoder, TextEncoderConfig
-from . import files, metadata
+from . import files, layout, metadata
 from .detect import CHECKPOINT_PREFIXES, FileKind, detect
 
 PathLike = str | os.PathLike[str]
@@ -54,15 +55,16 @@ def load_autoencoder(path: PathLike, dtype: torch.dtype | None = None) -> DAVAE:
     Raises:
         CheckpointError: the file cannot be read, is of another kind, contradicts itself, or holds NaN.
     """
-    state, info = _read(path, "autoencoder")
-    name = Path(path).name
+    meta, info, name = _header(path, "autoencoder")
     latent, _ = metadata.latent_of(metadata.parse(info, "autoencoder", name), name)
+    metadata.history_of(info, name)
     with _naming(name):
-        config = DAVAEConfig.from_state_dict(state)
-    _agree(name, config.latent, latent, ("base_channels", "detail_channels", "scale", "base_factor"))
-    with torch.device("meta"):
-        model = DAVAE(replace(config, latent=latent))
-    _load(model, state, name)
+        config = DAVAEConfig.from_state_dict(meta)
+        _agree(config.latent, latent, ("base_channels", "detail_channels", "scale", "base_factor"))
+        with torch.device("meta"):
+            model = DAVAE(replace(config, latent=latent))
+    layout.check(meta, model, name)
+    model.load_state_dict(_tensors(path, info), assign=True)
     return model.to(dtype).eval() if dtype else model.eval()
 
 
@@ -88,14 +90,14 @@ def save_adapter(
 
 def load_adapter(path: PathLike) -> Adapter:
     """Read an adapter; raises as :func:`load_autoencoder` does."""
-    state, info = _read(path, "adapter")
-    name = Path(path).name
+    meta, info, name = _header(path, "adapter")
     latent, recommended = metadata.latent_of(metadata.parse(info, "adapter", name), name)
+    history = metadata.history_of(info, name)
     with _naming(name):
-        told = AdapterConfig.from_state_dict(state, latent.base_channels)
-    _agree(name, told.latent, latent, ("base_channels", "detail_channels"))
-    config = replace(told, latent=latent, recommended=recommended)
-    return Adapter(config, state, metadata.history_of(info, name))
+        found = AdapterConfig.from_state_dict(meta, latent.base_channels)
+        _agree(found.latent, latent, ("base_channels", "detail_channels"))
+    layout.check_floats({key: tensor for key, tensor in meta.items() if not key.endswith(".alpha")}, name)
+    return Adapter(replace(found, latent=latent, recommended=recommended), _tensors(path, info), history)
 
 
 @dataclass(frozen=True)
@@ -121,23 +123,22 @@ def save_merged(
 
 def load_merged(path: PathLike) -> MergedModel:
     """Read a merged model; raises as :func:`load_autoencoder` does."""
-    state, info = _read(path, "model", check=("x_embedder.proj.weight", "final_layer.linear.weight"))
-    name = Path(path).name
+    meta, info, name = _header(path, "model")
     latent, recommended = metadata.latent_of(metadata.parse(info, "model", name), name)
+    history = metadata.history_of(info, name)
+    meta = _strip(meta)
     with _naming(name):
-        config = MMDiTConfig.from_state_dict(state)
-    with torch.device("meta"):
-        missing = [key for key in MMDiT(config).state_dict() if key not in state]
-    if missing:
-        raise CheckpointError(
-            f"{name} lacks {len(missing)} tensors of the model, {missing[0]} first; the file is damaged"
-        )
+        config = MMDiTConfig.from_state_dict(meta)
     if config.in_channels != latent.channels or config.out_channels != latent.channels:
         raise CheckpointError(
             f"{name}: its weights read {config.in_channels} and predict {config.out_channels} channels, its "
             f"metadata says {latent.channels}; the file is damaged"
         )
-    return MergedModel(state, latent, recommended, metadata.history_of(info, name))
+    with torch.device("meta"):
+        model = MMDiT(config)
+    layout.check(meta, model, name, extra=True)
+    state = _strip(_tensors(path, info, check=("x_embedder.proj.weight", "final_layer.linear.weight")))
+    return MergedModel(state, latent, recommended, history)
 
 
 def save_text_encoder(
@@ -151,44 +152,52 @@ def save_text_encoder(
 
 def load_text_encoder(path: PathLike) -> TextEncoder:
     """Read the tiny model's text encoder; raises as :func:`load_autoencoder` does."""
-    state, info = _read(path, "text_encoder")
-    name = Path(path).name
+    meta, info, name = _header(path, "text_encoder")
     words = metadata.parse(info, "text_encoder", name).get("vocabulary")
-    rows = state["token_embedding.weight"].shape[0]
+    with _naming(name):
+        rows, context = dims(meta, "token_embedding.weight", 2)
+        length, _ = dims(meta, "position_embedding", 2)
+        pooled, _ = dims(meta, "pool.weight", 2)
     if not isinstance(words, list) or len(words) + 2 != rows or not all(isinstance(word, str) for word in words):
         raise CheckpointError(
             f"{name}: its vocabulary is not {rows - 2} words, one for each embedding; the file is damaged"
         )
-    length, context = state["position_embedding"].reshape(-1, state["token_embedding.weight"].shape[-1]).shape
     with torch.device("meta"):
-        model = TextEncoder(TextEncoderConfig(tuple(words), length, context, state["pool.weight"].shape[0]))
-    _load(model, state, name)
+        model = TextEncoder(TextEncoderConfig(tuple(words), length, context, pooled))
+    layout.check(meta, model, name)
+    model.load_state_dict(_tensors(path, info), assign=True)
     return model.eval()
 
 
-def _read(
-    path: PathLike, kind: FileKind, check: tuple[str, ...] | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (without a checkpoint prefix) and metadata of a file that must be of ``kind``."""
-    shapes, info = files.read_metadata(path)
-    found = detect(shapes, metadata.kind_of(info))
+def _header(path: PathLike, kind: FileKind) -> tuple[dict[str, torch.Tensor], dict[str, str], str]:
+    """Tensors on the meta device, metadata and name of a file that must be of ``kind``; no tensor is read."""
     name = Path(path).name
-    if found.kind != kind:
-        raise CheckpointError(f"{name} is {found.description}; {_WHERE[kind]}")
-    state = files.read(path)[0]
-    if kind == "model":
-        state = _strip(state)
+    with files.Reader(path) as file:
+        info = dict(file.header.metadata)
+        found = detect(file.header.shapes, metadata.kind_of(info))
+        if found.kind != kind:
+            raise CheckpointError(f"{name} is {found.description}; {_WHERE[kind]}")
+        return file.header.meta(name), info, name
+
+
+def _tensors(path: PathLike, info: Mapping[str, str], check: tuple[str, ...] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors, all of them finite (or those named in ``check``, of files too large to look at every number)."""
+    state, found = files.read(path)
+    name = Path(path).name
+    if found != info:
+        raise CheckpointError(f"{name} was changed while it was read; load it again")
     files.check_finite({key: state[key] for key in check if key in state} if check else state, name)
-    return state, info
+    files.check_hash(path, info)
+    return state
 
 
-def _strip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _strip(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Drop the prefix that whole checkpoints put before the diffusion model's names."""
     for prefix in CHECKPOINT_PREFIXES:
         inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         if inner:
             return inner
-    return state
+    return dict(state)
 
 
 @contextmanager
@@ -200,20 +209,11 @@ def _naming(file: str) -> Iterator[None]:
         raise CheckpointError(f"{file}: {problem}") from problem
 
 
-def _agree(name: str, told: LatentSpec, claimed: LatentSpec, attributes: Sequence[str]) -> None:
+def _agree(found: LatentSpec, claimed: LatentSpec, attributes: Sequence[str]) -> None:
     """The shapes and the metadata must say the same."""
     for attribute in attributes:
-        shape, meta = getattr(told, attribute), getattr(claimed, attribute)
+        shape, meta = getattr(found, attribute), getattr(claimed, attribute)
         if shape != meta:
             raise CheckpointError(
-                f"{name}: its weights have {attribute} = {shape}, its metadata says {meta}; the file is damaged"
+                f"its weights have {attribute} = {shape}, its metadata says {meta}; the file is damaged"
             )
-
-
-def _load(model: torch.nn.Module, state: dict[str, torch.Tensor], name: str) -> None:
-    """Load without copying; every tensor must be there with its shape."""
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as problem:
-        lines = [line.strip() for line in str(problem).splitlines()[1:4]]
-        raise CheckpointError(f"{name} does not hold the tensors of its kind: {' '.join(lines)}") from problem

@@ -40,8 +40,22 @@ def tensors(content: Mapping[str, Any], file: str) -> Tensors:
     Raises:
         CheckpointError: a value is no tensor, or there is none.
     """
-    odd = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
-    if odd or not content:
-        what = f"{odd[0]} is a {type(content[odd[0]]).__name__}" if odd else "it is empty"
-        raise CheckpointError(f"{file} holds no state dict: {what}, expected tensors by name")
+    if not content:
+        raise CheckpointError(f"{file} holds no state dict: it is empty, expected tensors by name")
+    check(content, file)
     return in_memory(content)
+
+
+def check(content: Mapping[Any, Any], file: str) -> None:
+    """Raise CheckpointError unless all values are plain tensors by name, each with as much memory as it shows."""
+    for name, value in content.items():
+        if not isinstance(name, str) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise CheckpointError(
+                f"{file} holds no state dict: {str(name)[:80]} is a {type(value).__name__}, expected tensors by name"
+            )
+        plain = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{file}: {name[:80]} is a tensor of shape {list(value.shape)} that is not stored as such; it is "
+                "damaged"
+            )

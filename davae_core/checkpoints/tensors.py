@@ -4,29 +4,15 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 
 from .. import atomic
 from ..errors import CheckpointError
-from . import files
+from . import files, foreign_json
+from .header import DTYPES, fingerprint
 
-# Names of the safetensors format, https://github.com/huggingface/safetensors#format
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -98,19 +84,8 @@ def read(path: Path) -> tuple[Tensors, dict[str, str]]:
     Raises:
         CheckpointError: the file cannot be read, or holds a dtype that is not known here.
     """
-    meta = {}
-    with files.opened(path) as file:
-        for name in file.keys():  # noqa: SIM118
-            part = file.get_slice(name)
-            if part.get_dtype() not in DTYPES:
-                raise CheckpointError(
-                    f"{path.name}: the tensor {name} is stored as {part.get_dtype()}, expected one of "
-                    f"{', '.join(DTYPES)}; use a file that is not quantised"
-                )
-            meta[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
-        told = file.metadata() or {}
-    handle = files.opened(path)
-    return Tensors(meta, handle.get_tensor), told
+    file = files.Reader(path)
+    return Tensors(file.header.meta(path.name), file.get), dict(file.header.metadata)
 
 
 def read_shards(index: Path) -> Tensors:
@@ -119,12 +94,11 @@ def read_shards(index: Path) -> Tensors:
     Raises:
         CheckpointError: the index is damaged, or a file or tensor that it names is not there.
     """
-    try:
-        home = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(home.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise CheckpointError(f"{index.name} is no readable index of shards ({problem})") from problem
-    if any(Path(name).name != name for name in names):
+    home = foreign_json.read(index).get("weight_map")
+    if not isinstance(home, dict) or not home or not all(isinstance(name, str) for name in home.values()):
+        raise CheckpointError(f"{index.name} is no readable index of shards: it has no weight_map, file name by tensor")
+    names = sorted(set(home.values()))
+    if any(PurePosixPath(name).name != name or PureWindowsPath(name).name != name for name in names):
         raise CheckpointError(f"{index.name} names files outside its folder; it is not an index that was written here")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
@@ -145,7 +119,9 @@ def write(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
         CheckpointError: it cannot be written, a dtype has no name in the format, or a tensor holds NaN or infinity.
     """
     order = sorted(tensors, key=lambda name: (-tensors.meta[name].element_size(), name))  # keeps all of them aligned
-    header: dict[str, object] = {"__metadata__": {**metadata, files.HASH_KEY: files.HASH_BLANK}}
+    layout = fingerprint({name: (str(meta.dtype), tuple(meta.shape)) for name, meta in tensors.meta.items()})
+    told = {**metadata, files.LAYOUT_KEY: layout, files.HASH_KEY: files.HASH_BLANK}
+    header: dict[str, object] = {"__metadata__": told}
     start = 0
     for name in order:
         meta = tensors.meta[name]

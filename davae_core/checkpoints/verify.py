@@ -6,7 +6,7 @@ from torch import nn
 from ..autoencoder import Autoencoder, AutoencoderConfig
 from ..errors import CheckpointError
 from ..mmdit import MMDiT, MMDiTConfig
-from . import reference
+from . import layout, reference
 from .tensors import Tensors
 
 TOLERANCE = 1e-4  # of the largest number that the source gives; both run in float32
@@ -44,7 +44,7 @@ def mmdit(native: Tensors, theirs: Tensors | None, file: str) -> float:
     config = MMDiTConfig.from_state_dict(native.meta)
     with torch.device("meta"):
         model = MMDiT(config)
-    check_layout(native, model, file)
+    layout.check(native.meta, model, file)
     draw = torch.Generator().manual_seed(0)
     side = min(3, config.grid) * config.patch
     x = torch.randn(1, config.in_channels, side, min(2, config.grid) * config.patch, generator=draw)
@@ -83,7 +83,7 @@ def autoencoder(native: Tensors, theirs: Tensors | None, file: str) -> float:
     config = AutoencoderConfig.from_state_dict(native.meta)
     with torch.device("meta"):
         model = Autoencoder(config)
-    check_layout(native, model, file)
+    layout.check(native.meta, model, file)
     model.load_state_dict({name: tensor.float() for name, tensor in native.items()}, assign=True)
     draw = torch.Generator().manual_seed(0)
     x = torch.rand(1, config.image_channels, 2 * config.factor, 2 * config.factor, generator=draw) * 2 - 1
@@ -91,21 +91,3 @@ def autoencoder(native: Tensors, theirs: Tensors | None, file: str) -> float:
     latent, image = model.encode(x), model.decode(z)
     wanted = (reference.encode(theirs, x), reference.decode(theirs, z)) if theirs is not None else (latent, image)
     return max(same(f"the latent of {file}", latent, wanted[0]), same(f"the image of {file}", image, wanted[1]))
-
-
-def check_layout(tensors: Tensors, model: nn.Module, file: str) -> None:
-    """Raise CheckpointError unless the names and shapes are exactly the model's."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise CheckpointError(f"{file} lacks the tensor {name}; it is damaged or of another model")
-        if tuple(tensors.meta[name].shape) != shape:
-            raise CheckpointError(
-                f"{file}: the tensor {name} has shape {list(tensors.meta[name].shape)}, expected {list(shape)}; it is "
-                "damaged or of another model"
-            )
-    extra = [name for name in tensors if name not in wanted]
-    if extra:
-        raise CheckpointError(
-            f"{file} holds {len(extra)} tensors that its model does not have, {extra[0]} first; it is another model"
-        )

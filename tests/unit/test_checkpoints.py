@@ -592,7 +592,7 @@ def test_weights_that_are_not_numbers_are_told_by_name(
 )
 def test_a_missing_tensor_is_told_with_the_file(written: dict[str, Path], kind: str, tensor: str) -> None:
     message = message_of(LOADERS[kind], rewrite(written[kind], {tensor: None}))
-    assert message.startswith(f"{written[kind].name} does not hold the tensors of its kind")
+    assert message.startswith(f"{written[kind].name} lacks 1 tensor of its model, {tensor}")
     assert tensor in message
 
 
@@ -658,7 +658,7 @@ def test_unknown_settings_are_told_by_name(written: dict[str, Path]) -> None:
     config = json.loads(files.read_metadata(path)[1]["davae.config"])
     config["recommended"]["colour"] = 3
     message = message_of(load_adapter, rewrite(path, davae_config=json.dumps(config)))
-    assert "unknown settings colour" in message
+    assert "unknown settings in recommended: colour" in message
 
 
 def test_recommended_settings_may_be_left_out(written: dict[str, Path]) -> None:

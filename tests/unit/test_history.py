@@ -128,7 +128,14 @@ def test_a_history_comes_back_from_the_files(tmp_path: Path, adapter: Adapter, d
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{}", '{"steps": NaN}', '{"steps": "9", "learning_rate": 0, "seed": 0, "recipe": "", "of": {}}', "null"],
+    [
+        "[]",
+        '{"seed": true}',
+        '{"of": {"davae": 3}}',
+        '{"steps": NaN}',
+        '{"steps": "9", "learning_rate": 0, "seed": 0, "recipe": "", "of": {}}',
+        "null",
+    ],
 )
 def test_a_damaged_history_is_named(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"x\.safetensors: the history in its metadata is damaged"):

@@ -96,7 +96,7 @@ def test_the_release_without_statistics_is_refused(tmp_path: Path, refused) -> N
     ("text", "message"),
     [
         ('{"mean": [0], "std": [1]}', "expected 16 of each"),
-        ('{"mean": [0]}', "'std'"),
+        ('{"mean": [0]}', "std is None"),
         ("not json", "no statistics file"),
         (json.dumps({"mean": [0] * 16, "std": [0] * 16}), "above 0"),
     ],
