@@ -52,6 +52,9 @@ class Base:
         architectures: how ``modelspec.architecture`` begins in the metadata of the family's files.
         comfyui_latents: the class of ``comfy.latent_formats`` that knows the preview colours, or "".
         diffusion: of the diffusion model that adapters are for; None where there are none.
+        by_shape: a VAE of these shapes is taken for this base's where nothing else is told. Only of the rows that had
+            their shapes to themselves when they were added: a later one of the same shapes has to be named, so that
+            files which do not tell keep their units.
     """
 
     name: str
@@ -63,11 +66,12 @@ class Base:
     architectures: tuple[str, ...] = ()
     comfyui_latents: str = ""
     diffusion: DiffusionLayout | None = None
+    by_shape: bool = False
 
     def fits(self, config: AutoencoderConfig) -> bool:
         """Whether a VAE has this base's channels, factor and convolutions; the widths are its own affair."""
-        told = (config.latent_channels, config.factor, config.quant_conv)
-        return told == (self.latent_channels, self.factor, self.quant_conv)
+        given = (config.latent_channels, config.factor, config.quant_conv)
+        return given == (self.latent_channels, self.factor, self.quant_conv)
 
 
 # Source: the SD3.5 checkpoints, and diffusers' SD3 transformer for the LoRA names.
@@ -97,14 +101,28 @@ MMDIT = DiffusionLayout(
 
 SD3_SHIFT, SD3_SCALE = 0.0609, 1.5305
 
-# Source of the units: the configurations of the releases (``scale_factor`` of SD1 and SDXL, shift and scale of SD3).
+# Source of the units: the configurations of the releases (``scale_factor`` of SD1 and SDXL, shift and scale of SD3 and
+# FLUX.1, whose VAE has SD3's shapes).
 # VA-VAE (arXiv 2501.01423) is used with the statistics of each of its 32 channels, which are not in its publication.
-SD1 = Base("sd1", "SD1 / SD2", 4, 8, True, (0.0, 0.18215), ("stable-diffusion-v1", "stable-diffusion-v2"), "SD15")
-SDXL = Base("sdxl", "SDXL", 4, 8, True, (0.0, 0.13025), ("stable-diffusion-xl",), "SDXL")
-SD3 = Base("sd3", "SD3 / SD3.5", 16, 8, False, (SD3_SHIFT, SD3_SCALE), ("stable-diffusion-v3",), "SD3", MMDIT)
-VAVAE = Base("vavae", "VA-VAE", 32, 16, True, None)
+SD1 = Base(
+    "sd1",
+    "SD1 / SD2",
+    4,
+    8,
+    True,
+    (0.0, 0.18215),
+    ("stable-diffusion-v1", "stable-diffusion-v2"),
+    "SD15",
+    by_shape=True,
+)
+SDXL = Base("sdxl", "SDXL", 4, 8, True, (0.0, 0.13025), ("stable-diffusion-xl",), "SDXL", by_shape=True)
+SD3 = Base(
+    "sd3", "SD3 / SD3.5", 16, 8, False, (SD3_SHIFT, SD3_SCALE), ("stable-diffusion-v3",), "SD3", MMDIT, by_shape=True
+)
+VAVAE = Base("vavae", "VA-VAE", 32, 16, True, None, by_shape=True)
+FLUX1 = Base("flux1", "FLUX.1", 16, 8, False, (0.1159, 0.3611), ("flux-1", "flux.1", "flux1"), "Flux")
 
-BASES = {base.name: base for base in (SD1, SDXL, SD3, VAVAE)}
+BASES = {base.name: base for base in (SD1, SDXL, SD3, VAVAE, FLUX1)}
 
 
 def base_of(config: AutoencoderConfig, name: str = "", metadata: Mapping[str, str] | None = None) -> Base:
@@ -121,7 +139,7 @@ def base_of(config: AutoencoderConfig, name: str = "", metadata: Mapping[str, st
     Raises:
         DAVAEError: nothing is named and the shapes fit several bases (SD1 and SDXL), or what is named does not fit.
     """
-    if named := name or _told(metadata or {}):
+    if named := name or base_named(metadata or {}):
         if named not in BASES:
             raise DAVAEError(f"there is no base model {named!r}, expected one of {', '.join(BASES)}")
         if not BASES[named].fits(config):
@@ -129,7 +147,7 @@ def base_of(config: AutoencoderConfig, name: str = "", metadata: Mapping[str, st
                 f"the VAE is not that of {BASES[named].title}: {_shape(BASES[named])}, got {_shape(config)}"
             )
         return BASES[named]
-    fitting = [base for base in BASES.values() if base.fits(config)]
+    fitting = [base for base in BASES.values() if base.by_shape and base.fits(config)]
     if len(fitting) > 1:
         names = " or ".join(base.name for base in fitting)
         raise DAVAEError(
@@ -144,17 +162,24 @@ def base_of(config: AutoencoderConfig, name: str = "", metadata: Mapping[str, st
 
 def base_of_latent(channels: int, factor: int, normalisation: tuple[object, object]) -> Base | None:
     """The base whose latents have these channels, this factor and these units, or None."""
-    told = (channels, factor, normalisation)
-    return next((b for b in BASES.values() if (b.latent_channels, b.factor, b.normalisation) == told), None)
+    given = (channels, factor, normalisation)
+    return next((b for b in BASES.values() if (b.latent_channels, b.factor, b.normalisation) == given), None)
 
 
 def normalisation_by_shape(config: AutoencoderConfig) -> tuple[float, float]:
     """(shift, scale) of the one base that the shapes fit; (0, 1), which is none, where they leave it open."""
-    known = [base.normalisation for base in BASES.values() if base.fits(config) and base.normalisation]
+    known = [
+        base.normalisation for base in BASES.values() if base.by_shape and base.fits(config) and base.normalisation
+    ]
     return known[0] if len(known) == 1 else (0.0, 1.0)
 
 
-def _told(metadata: Mapping[str, str]) -> str:
+def of_units(channels: int, shift: object, scale: object) -> Base | None:
+    """The base of this many latent channels whose configuration has this shift and scale, or None."""
+    return next((b for b in BASES.values() if (b.latent_channels, b.normalisation) == (channels, (shift, scale))), None)
+
+
+def base_named(metadata: Mapping[str, str]) -> str:
     """The base that a file's metadata names, or ""."""
     if BASE_KEY in metadata:
         return metadata[BASE_KEY]

@@ -16,7 +16,8 @@ from typing import Any
 
 from .. import atomic, command
 from ..adapter import Recommended
-from ..bases import BASES
+from ..autoencoder import AutoencoderConfig
+from ..bases import BASE_KEY, BASES, Base, base_named, base_of
 from ..errors import CheckpointError
 from ..history import History, identity
 from ..mmdit import MMDiTConfig
@@ -107,6 +108,9 @@ def _report(name: str, difference: float | None) -> None:
 def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -> dict[str, str]:
     """Metadata of a base model, or of a merged one where it speaks more channels than a base model does."""
     plain = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": args.title or name, "format": "pt"}
+    if name == "vae":
+        base = _base(args, opened, part)
+        return plain | ({BASE_KEY: base.name} if base else {})
     if name != "diffusion_model":
         return plain
     if metadata.kind_of(opened.told):
@@ -131,6 +135,13 @@ def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -
     )
     by = {"title": title, "author": args.author, "licence": args.licence}
     return metadata.build("model", metadata.latent_config(latent, recommended), **by, history=history)
+
+
+def _base(args: argparse.Namespace, opened: Opened, part: Part) -> Base | None:
+    """The base model that a plain VAE is said to be of, by --family or by its file; None where nobody says."""
+    if not (args.family or base_named(opened.told)):
+        return None
+    return base_of(AutoencoderConfig.from_state_dict(part.native.meta), args.family, opened.told)
 
 
 def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
@@ -221,8 +232,12 @@ def _export(args: argparse.Namespace, opened: Opened) -> Path:
         else:
             chosen = {key: part for key, part in _chosen(args, opened).items() if key in ("diffusion_model", "vae")}
             for key, part in chosen.items():
-                write = export.transformer if key == "diffusion_model" else export.vae
-                _report(key, write(folder if key == "diffusion_model" else folder / "vae", part.native, name))
+                if key == "diffusion_model":
+                    _report(key, export.transformer(folder, part.native, name))
+                    continue
+                base = _base(args, opened, part)
+                units = base.normalisation if base else None
+                _report(key, export.vae(folder / "vae", part.native, name, units))
             if metadata.kind_of(opened.told) == "model":
                 told = metadata.latent_of(metadata.parse(opened.told, "model", name), name)
                 export.latent(folder, *told, metadata.history_of(opened.told, name))
@@ -241,6 +256,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--to", choices=("native", "diffusers"), default="native", help="(default: native)")
     out.add_argument("--part", help="of a source with several models, the one to take")
     out.add_argument("--base", type=Path, metavar="FILE", help="the base model or base VAE, where SRC needs one")
+    out.add_argument("--family", choices=tuple(BASES), default="", help="of a plain VAE, whose shapes several share")
     out.add_argument(
         "--statistics", type=Path, metavar="FILE", help="of the authors' autoencoder (default: beside SRC)"
     )

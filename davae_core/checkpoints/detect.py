@@ -79,11 +79,10 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
         if f"{prefix}decoder.conv_in.weight" in names and f"{prefix}encoder.conv_in.weight" in names:
             channels = side(f"{prefix}decoder.conv_in.weight", 1)
             quant = f"{prefix}quant_conv.weight" in names
-            if channels == bases.SD3.latent_channels and not quant:
-                return Detected("sd3 vae", "a plain VAE with 16 latent channels, like SD3's (no detail branch)")
             like = [b.title for b in bases.BASES.values() if (b.latent_channels, b.quant_conv) == (channels, quant)]
             told = f", like {' or '.join(like)}'s (no detail branch)" if like else ""
-            return Detected("vae", f"a plain VAE with {channels} latent channels{told}")
+            plain: FileKind = "sd3 vae" if channels == bases.SD3.latent_channels and not quant else "vae"
+            return Detected(plain, f"a plain VAE with {channels} latent channels{told}")
     if any_starts("model.diffusion_model.input_blocks.", "input_blocks."):
         return Detected("unet", "a Stable Diffusion 1 / 2 / XL model")
     if any(

@@ -174,9 +174,9 @@ def _vae_rule(name: str, levels: int) -> Rule:
     return Rule(name, (theirs,), linear=linear)
 
 
-def vae_json(config: AutoencoderConfig) -> dict[str, Any]:
-    """What ``AutoencoderKL.from_pretrained`` reads."""
-    shift, scale = normalisation_by_shape(config)
+def vae_json(config: AutoencoderConfig, units: tuple[Any, Any] | None = None) -> dict[str, Any]:
+    """What ``AutoencoderKL.from_pretrained`` reads; ``units`` are (shift, scale), by the shapes where not given."""
+    shift, scale = units or normalisation_by_shape(config)
     levels = len(config.widths)
     return {
         "_class_name": "AutoencoderKL",

@@ -36,6 +36,7 @@ from .tensors import Tensors, in_memory
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LATENT = "davae.json"
+Units = tuple[float | tuple[float, ...], float | tuple[float, ...]]
 
 
 def transformer(folder: Path, native: Tensors, file: str) -> float:
@@ -54,12 +55,15 @@ def as_diffusers(part: Part) -> Tensors:
     return from_native(part.native, vae_rules(AutoencoderConfig.from_state_dict(part.native.meta)))
 
 
-def vae(folder: Path, native: Tensors, file: str) -> float:
-    """Write a plain VAE as ``AutoencoderKL``; how far the two are from one another."""
+def vae(folder: Path, native: Tensors, file: str, units: Units | None = None) -> float:
+    """Write a plain VAE as ``AutoencoderKL``; how far the two are from one another.
+
+    ``units`` are its latents' shift and scale; by the shapes where not given.
+    """
     config = AutoencoderConfig.from_state_dict(native.meta)
     theirs = from_native(native, vae_rules(config))
     difference = verify.autoencoder(native, theirs, file)
-    _component(folder, theirs, vae_json(config))
+    _component(folder, theirs, vae_json(config, units))
     return difference
 
 
@@ -88,7 +92,8 @@ def autoencoder(folder: Path, model: DAVAE, file: str, base: Tensors | None = No
         decoder = {name: base[name] for name in base if name.startswith("decoder.")}
     if not decoder:
         raise CheckpointError(f"{file} holds no base decoder, which AutoencoderKL has; name the base VAE with --base")
-    difference = vae(folder / "base_vae", in_memory(encoder | decoder), file)
+    units = (model.latent.base_shift, model.latent.base_scale)
+    difference = vae(folder / "base_vae", in_memory(encoder | decoder), file, units)
     detail = encoder | below("detail_trunk.", "encoder.") | decoder | below("decoder.", "decoder.")
     rules = vae_rules(model.config.base)
     theirs = from_native(in_memory(detail), rules)
@@ -98,7 +103,7 @@ def autoencoder(folder: Path, model: DAVAE, file: str, base: Tensors | None = No
     h = torch.randn(1, model.config.base.feature_channels, 2, 2, generator=torch.Generator().manual_seed(0))
     shown = reference.decode_features(theirs, h)
     difference = max(difference, verify.same(f"the image of {file}", trunk.trunk(h), shown))
-    _component(folder / "detail_vae", theirs, vae_json(model.config.base))
+    _component(folder / "detail_vae", theirs, vae_json(model.config.base, units))
     blocks = below("detail_down.", "dc_down.") | below("joint_up.", "dc_up.")
     files.save(folder / "davae_blocks.safetensors", blocks, {})
     latent(folder, model.latent, Recommended())

@@ -26,14 +26,22 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse(content: str | bytes, what: str) -> dict[str, Any]:
-    """The object in a JSON text.
+    """The object in a JSON text; raises as :func:`value`, and where it holds something else than an object."""
+    found = value(content, what)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} holds a JSON {type(found).__name__}, expected an object with names, {{...}}")
+    return found
+
+
+def value(content: str | bytes, what: str) -> Any:
+    """Whatever a JSON text holds.
 
     Args:
         content: the text; bytes are UTF-8.
         what: what it is, as the subject of an error message.
 
     Raises:
-        CheckpointError: it is no JSON, no object at the top, longer than :data:`MOST_BYTES`, nested too deep, holds a
+        CheckpointError: it is no JSON, longer than :data:`MOST_BYTES`, nested too deep, holds a
             name twice, NaN, infinity or a number of more than 20 digits.
     """
     if len(content) > MOST_BYTES:
@@ -41,7 +49,7 @@ def parse(content: str | bytes, what: str) -> dict[str, Any]:
     try:
         if isinstance(content, bytes):
             content = content.decode("utf-8")
-        value = json.loads(
+        return json.loads(
             content,
             object_pairs_hook=_object,
             parse_constant=_constant,
@@ -52,9 +60,6 @@ def parse(content: str | bytes, what: str) -> dict[str, Any]:
         raise CheckpointError(f"{what} is not readable JSON: it is nested too deep") from problem
     except ValueError as problem:
         raise CheckpointError(f"{what} is not readable JSON ({_short(problem)})") from problem
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} holds a JSON {type(value).__name__}, expected an object with names, {{...}}")
-    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

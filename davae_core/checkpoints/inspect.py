@@ -1,7 +1,7 @@
 """Say what a file or folder is: ``python -m davae_core.checkpoints.inspect FILE``. Only headers are read.
 
-Kind, configuration, dtypes, sizes and metadata of anything that ``convert`` reads, and of native files; ``--json`` for
-programs.
+With ``--verify`` every number is. Kind, configuration, dtypes, sizes and metadata of anything that ``convert`` reads,
+and of native files; ``--json`` for programs.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from .. import command
 from ..adapter import AdapterConfig
 from ..autoencoder import AutoencoderConfig
 from ..davae import DAVAEConfig
-from ..errors import DAVAEError
+from ..errors import CheckpointError, DAVAEError
 from ..mmdit import MMDiTConfig
-from . import metadata
+from . import files, foreign_json, metadata
 from .opening import Opened, open_any
 from .tensors import Tensors
 
@@ -53,16 +53,39 @@ def _sizes(tensors: Tensors) -> dict[str, Any]:
 
 
 def _config(opened: Opened) -> dict[str, Any] | None:
-    """The configuration of a native file, off its shapes."""
-    kind, meta = opened.detected.kind, opened.stored.meta
+    """The configuration of a native file: what the shapes tell, and what the metadata tells; no defaults."""
+    kind, meta, file = opened.detected.kind, opened.stored.meta, opened.path.name
+    if kind not in ("autoencoder", "adapter", "model"):
+        return None
     try:
+        latent, recommended = metadata.latent_of(metadata.parse(opened.told, kind, file), file)
+        told = {"latent": asdict(latent), "recommended": {k: v for k, v in asdict(recommended).items() if v}}
         if kind == "autoencoder":
-            return asdict(DAVAEConfig.from_state_dict(meta))
+            found = DAVAEConfig.from_state_dict(meta)
+            shape = {"base": asdict(found.base), "shared_trunk": found.shared_trunk, "base_decoder": found.base_decoder}
+            return shape | told
         if kind == "adapter":
-            return asdict(AdapterConfig.from_state_dict(meta))
+            adapter = AdapterConfig.from_state_dict(meta, latent.base_channels)
+            return {"hidden": adapter.hidden, "patch": adapter.patch} | told
+        return told
     except DAVAEError as problem:
         return {"problem": str(problem)}
-    return None
+
+
+def verify(path: Path) -> list[str]:
+    """Read every number of a safetensors file or folder of them: what was found in order.
+
+    Raises:
+        CheckpointError: a number is NaN or infinite, or the data is not what the file was saved with.
+    """
+    opened = open_any(path)
+    for name in opened.stored:
+        files.check_finite({name: opened.stored[name]}, opened.path.name)
+    found = [f"all {opened.stored.parameters:,} numbers are finite"]
+    if opened.path.suffix == ".safetensors":
+        compared = files.check_hash(opened.path, opened.told, most=None)
+        found.append("the data is what it was saved with" if compared else "it holds no hash to compare the data with")
+    return found
 
 
 def _part_config(name: str, native: Tensors) -> dict[str, Any] | None:
@@ -79,8 +102,8 @@ def _part_config(name: str, native: Tensors) -> dict[str, Any] | None:
 def _value(text: str) -> Any:
     """A metadata entry, read where it is JSON."""
     try:
-        return json.loads(text) if text[:1] in "{[" else text
-    except ValueError:
+        return foreign_json.value(text, "metadata") if text[:1] in "{[" else text
+    except CheckpointError:
         return text
 
 
@@ -90,11 +113,15 @@ def text(told: dict[str, Any]) -> str:
     lines += _config_lines(told["config"], "  ")
     for name, part in told["parts"].items():
         lines += [f"  {name}", f"    {_size_line(part)}", *_config_lines(part["config"], "    ")]
+    told_twice = {metadata.CONFIG} if told["config"] and "problem" not in told["config"] else set()
     for name, value in told["metadata"].items():
+        if name in told_twice:
+            continue
         if name == metadata.HISTORY and isinstance(value, dict):
             lines += _history_lines(value)
             continue
         lines.append(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
+    lines += [f"  verified: {line}" for line in told.get("verified", [])]
     return "\n".join(lines)
 
 
@@ -132,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("path", type=Path, help="a file or folder")
     out.add_argument("--json", action="store_true", help="print JSON")
+    out.add_argument("--verify", action="store_true", help="read every number, and compare the data with its hash")
     return out
 
 
@@ -139,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run from the command line; what was said."""
     args = parser().parse_args(argv)
     told = describe(args.path)
+    if args.verify:
+        told["verified"] = verify(args.path)
     print(json.dumps(told, indent=2) if args.json else text(told))
     return told
 

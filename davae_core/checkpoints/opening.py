@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import bases
 from ..errors import CheckpointError
-from . import metadata, pickled, tensors
+from . import foreign_json, metadata, pickled, tensors
 from .detect import CHECKPOINT_PREFIXES, Detected, detect
 from .diffusers_names import transformer_config, transformer_rules, vae_config, vae_rules
 from .names import to_native
@@ -69,7 +70,20 @@ def open_any(path: Path) -> Opened:
 
 def _opened(path: Path, stored: Tensors, told: Mapping[str, str]) -> Opened:
     detected = detect(stored.meta, metadata.kind_of(told))
+    if detected.kind == "diffusers vae" and bases.BASE_KEY not in told:
+        told = {**told, **_base_beside(path, stored)}
     return Opened(path, detected, stored, told, _parts(detected, stored, path.name))
+
+
+def _base_beside(path: Path, stored: Tensors) -> dict[str, str]:
+    """Which base a VAE in diffusers' names is of, by the units in the ``config.json`` beside it; as metadata."""
+    config = path.with_name("config.json")
+    if not config.is_file():
+        return {}
+    told = foreign_json.read(config)
+    channels = vae_config(stored.meta).latent_channels
+    base = bases.of_units(channels, told.get("shift_factor") or 0.0, told.get("scaling_factor"))
+    return {bases.BASE_KEY: base.name} if base else {}
 
 
 def _parts(detected: Detected, stored: Tensors, file: str) -> dict[str, Part]:
@@ -121,7 +135,8 @@ def _folder(folder: Path) -> Opened:
             for one, part in zip(found, components, strict=True)
         )
         kind = "sd3 checkpoint" if len(found) == 2 else found[0].detected.kind
-        return Opened(folder, Detected(kind, f"a diffusers folder with {said}"), stored, {}, parts)
+        named = dict(entry for one in found for entry in one.told.items() if entry[0] == bases.BASE_KEY)
+        return Opened(folder, Detected(kind, f"a diffusers folder with {said}"), stored, named, parts)
     return _component(folder)
 
 

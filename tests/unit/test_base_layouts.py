@@ -115,7 +115,7 @@ def test_a_latent_of_other_channels_than_the_encoders_is_refused() -> None:
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        ("sd3", "16 latent channels, like SD3's"),
+        ("sd3", "16 latent channels, like SD3 / SD3.5 or FLUX.1's"),
         ("sd1", "4 latent channels, like SD1 / SD2 or SDXL's"),
         ("vavae", "32 latent channels, like VA-VAE's"),
     ],

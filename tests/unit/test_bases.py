@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from davae_core.autoencoder import AutoencoderConfig
-from davae_core.bases import BASES, MMDIT, SD1, SD3, SDXL, VAVAE, base_of, base_of_latent, normalisation_by_shape
+from davae_core.bases import (
+    BASES,
+    FLUX1,
+    MMDIT,
+    SD1,
+    SD3,
+    SDXL,
+    VAVAE,
+    Base,
+    base_of,
+    base_of_latent,
+    normalisation_by_shape,
+)
 from davae_core.errors import DAVAEError
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig
@@ -35,10 +47,14 @@ def test_sd1_and_sdxl_are_not_guessed() -> None:
         ({"davae.base": "sd1", "modelspec.architecture": "stable-diffusion-xl-v1-base"}, SD1),
         ({"modelspec.architecture": "stable-diffusion-xl-v1-base"}, SDXL),
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, SD1),
+        ({"davae.base": "flux1"}, FLUX1),
+        ({"modelspec.architecture": "flux-1-dev"}, FLUX1),
+        ({"modelspec.architecture": "stable-diffusion-v3.5-medium"}, SD3),
     ],
 )
 def test_the_metadata_of_the_file_tells_them_apart(metadata: dict[str, str], base: object) -> None:
-    assert base_of(SD_VAE, metadata=metadata) is base
+    vae = SD_VAE if base in (SD1, SDXL) else SD3_VAE
+    assert base_of(vae, metadata=metadata) is base
 
 
 def test_what_the_user_names_goes_before_the_metadata() -> None:
@@ -48,7 +64,7 @@ def test_what_the_user_names_goes_before_the_metadata() -> None:
 @pytest.mark.parametrize(
     ("name", "metadata", "message"),
     [
-        ("sd4", {}, "no base model 'sd4', expected one of sd1, sdxl, sd3, vavae"),
+        ("sd4", {}, "no base model 'sd4', expected one of sd1, sdxl, sd3, vavae, flux1"),
         ("", {"davae.base": "other"}, "no base model 'other'"),
         ("vavae", {}, "not that of VA-VAE: 32 channels at 1/16, with quant_conv, got 4 channels at 1/8"),
     ],
@@ -64,10 +80,21 @@ def test_an_unknown_vae_has_no_units() -> None:
     assert base.fits(UNKNOWN) and not base.fits(replace(UNKNOWN, quant_conv=False))
 
 
-@pytest.mark.parametrize("base", [SD1, SDXL, SD3])
+@pytest.mark.parametrize("base", [SD1, SDXL, SD3, FLUX1])
 def test_a_latent_of_known_units_tells_its_base(base: object) -> None:
     assert base_of_latent(base.latent_channels, base.factor, base.normalisation) is base
     assert base_of_latent(base.latent_channels, base.factor, (0.0, 1.0)) is None
+
+
+@pytest.mark.parametrize("config", [SD3_VAE, VA_VAE, UNKNOWN], ids=["sd3", "vavae", "unknown"])
+def test_a_new_row_changes_no_other_rows_units(monkeypatch: pytest.MonkeyPatch, config: AutoencoderConfig) -> None:
+    """FLUX.1's VAE has SD3's shapes. A row counts by its shapes only where it says so."""
+    base, units = base_of(config), normalisation_by_shape(config)
+    new = Base("new", "New", config.latent_channels, config.factor, config.quant_conv, (1.0, 2.0))
+    monkeypatch.setitem(BASES, "new", new)
+    assert base_of(config) == base and normalisation_by_shape(config) == units
+    assert base_of(config, "new") is new
+    assert [name for name, row in BASES.items() if row.by_shape] == ["sd1", "sdxl", "sd3", "vavae"]
 
 
 def test_the_units_are_those_of_the_releases() -> None:
@@ -76,6 +103,7 @@ def test_the_units_are_those_of_the_releases() -> None:
         "sdxl": (0.0, 0.13025),
         "sd3": (0.0609, 1.5305),
         "vavae": None,
+        "flux1": (0.1159, 0.3611),
     }
 
 

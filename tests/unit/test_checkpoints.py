@@ -461,7 +461,7 @@ def test_a_plain_sd3_vae_is_no_davae(tmp_path: Path, toy_vae: Any) -> None:
     files.save(path, Autoencoder(toy_vae).state_dict(), {})
     message = message_of(load_autoencoder, path)
     assert message.startswith(
-        "sd3_vae.safetensors is a plain VAE with 16 latent channels, like SD3's (no detail branch)"
+        "sd3_vae.safetensors is a plain VAE with 16 latent channels, like SD3 / SD3.5 or FLUX.1's (no detail branch)"
     )
     assert message.endswith("choose a DA-VAE autoencoder (models/vae)")
 
