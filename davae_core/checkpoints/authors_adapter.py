@@ -140,7 +140,7 @@ def convert(
         CheckpointError: shapes do not fit the base model, values are NaN, or the results differ.
     """
     layout.check_floats(trained.branches, file)
-    layout.diffusion_model(base.meta, "the base model")
+    layout.diffusion_model(base.meta, "the base model (--base)")
     parts = {name: tensor.float() for name, tensor in trained.branches.items()}
     files.check_finite({**parts, **lora_state}, file)
     pretrained = {name: base[name].float() for name in WIDENED}

@@ -89,12 +89,11 @@ def _chosen(args: argparse.Namespace, opened: Opened) -> dict[str, Part]:
 
 def _verify(name: str, part: Part) -> float | None:
     """The largest relative difference; None where the names alone change, and the model could be built and run."""
-    if name == "diffusion_model":
-        difference = verify.mmdit(part.native, part.theirs, part.file)
-    elif name == "vae":
-        difference = verify.autoencoder(part.native, part.theirs, part.file)
-    else:
+    if name not in ("diffusion_model", "vae"):
         return None
+    with files.naming(part.file):
+        run = verify.mmdit if name == "diffusion_model" else verify.autoencoder
+        difference = run(part.native, part.theirs, part.file)
     return difference if part.theirs is not None else None
 
 
@@ -115,7 +114,8 @@ def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -
         return plain
     if metadata.kind_of(opened.told):
         return dict(opened.told)
-    channels = MMDiTConfig.from_state_dict(part.native.meta).in_channels
+    with files.naming(part.file):
+        channels = MMDiTConfig.from_state_dict(part.native.meta).in_channels
     if channels in {base.latent_channels for base in BASES.values() if base.diffusion}:
         return plain
     folder = opened.path if opened.path.is_dir() else opened.path.parent
@@ -141,7 +141,8 @@ def _base(args: argparse.Namespace, opened: Opened, part: Part) -> Base | None:
     """The base model that a plain VAE is said to be of, by --family or by its file; None where nobody says."""
     if not (args.family or base_named(opened.told)):
         return None
-    return base_of(AutoencoderConfig.from_state_dict(part.native.meta), args.family, opened.told)
+    with files.naming(part.file):
+        return base_of(AutoencoderConfig.from_state_dict(part.native.meta), args.family, opened.told)
 
 
 def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
@@ -170,7 +171,9 @@ def _authors_autoencoder(args: argparse.Namespace, opened: Opened) -> Path:
         base = export.as_diffusers(part) if part else None
         if base is None:
             raise CheckpointError(f"{args.base} holds no VAE; name the SD3 VAE with --base")
-    model, difference = authors_autoencoder.convert(opened.stored, _statistics(args, opened), opened.path.name, base)
+    with files.naming(opened.path.name):
+        statistics = _statistics(args, opened)
+        model, difference = authors_autoencoder.convert(opened.stored, statistics, opened.path.name, base)
     trunk = "shared with the base encoder" if model.config.shared_trunk else "its own"
     print(f"  {model.latent.base_channels} base + {model.latent.detail_channels} detail channels, detail trunk {trunk}")
     _report("autoencoder", difference)
@@ -202,7 +205,8 @@ def _authors_adapter(args: argparse.Namespace, opened: Opened) -> Path:
         if trained.lora is not None:  # the folder's LoRA is that of the last step; its alphas hold for both
             averaged = lora.renamed(trained.lora, lora.LoraScale(), name)
             loras |= {key: tensor for key, tensor in averaged.items() if not key.endswith(".alpha")}
-    made, difference = authors_adapter.convert(trained, loras, base.native, statistics, name, _recommended(args))
+    with files.naming(name):
+        made, difference = authors_adapter.convert(trained, loras, base.native, statistics, name, _recommended(args))
     _report("adapter", difference)
     path = _file(args, "adapter")
     step = opened.content.get("global_step")

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import atomic
-from ..errors import CheckpointError, WriteError
+from ..errors import CheckpointError, DAVAEError, WriteError
 from . import header
 from .header import Header
 
@@ -37,6 +38,17 @@ def read_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ..
     """Shapes by tensor name and the metadata, from the header alone; raises as :func:`read` does."""
     with Reader(path) as file:
         return dict(file.header.shapes), dict(file.header.metadata)
+
+
+@contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Put the file's name before the message of whatever is wrong with it, unless the message names it already."""
+    try:
+        yield
+    except DAVAEError as problem:
+        if file in str(problem):
+            raise
+        raise CheckpointError(f"{file}: {problem}") from problem
 
 
 class Reader:

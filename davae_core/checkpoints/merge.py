@@ -14,25 +14,28 @@ import torch
 from .. import command, history
 from ..adapter import LORA_MODULES, WIDENED, Adapter, lora_deltas, widen
 from ..errors import CheckpointError, DAVAEError
-from . import layout, metadata, native, tensors
+from . import files, layout, metadata, native, tensors
 from .opening import open_any
 from .tensors import Tensors
 
 _LORA = re.compile(r"transformer\.transformer_blocks\.(\d+)\.(.+)\.(?:lora_[AB]\.weight|alpha)")
 
 
-def merged(base: Tensors, adapter: Adapter, strength: float = 1.0) -> Tensors:
+def merged(base: Tensors, adapter: Adapter, strength: float = 1.0, file: str = "the base model") -> Tensors:
     """As :func:`davae_core.adapter.merge`, with each tensor made when it is asked for.
 
     Args:
         base: the pretrained diffusion model in native names.
         adapter: what to apply.
         strength: factor on what the adapter changes in the pretrained weights.
+        file: the base's name, for messages.
 
     Raises:
         DAVAEError: the adapter is for another model, or the base is not whole or quantised.
     """
-    layout.diffusion_model(base.meta, "the base model")
+    with files.naming(file):
+        layout.diffusion_model(base.meta, file)
+    files.check_finite({name: base[name] for name in WIDENED}, file)
     wide = widen({name: base[name] for name in WIDENED}, adapter, strength)
     parts = _by_weight(adapter)
     for name in parts:
@@ -44,7 +47,9 @@ def merged(base: Tensors, adapter: Adapter, strength: float = 1.0) -> Tensors:
     def make(name: str) -> torch.Tensor:
         if name in wide:
             return wide[name]
-        return _changed(base[name], name, parts[name], strength) if name in parts else base[name]
+        weight = base[name]
+        files.check_finite({name: weight}, file)
+        return _changed(weight, name, parts[name], strength) if name in parts else weight
 
     return Tensors(base.meta | {name: tensor.to("meta") for name, tensor in wide.items()}, make)
 
@@ -106,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = opened.parts["diffusion_model"].native
     if words := history.mismatch(adapter.history, "base_model", base):
         print(f"note: {args.adapter.name} was {words}: {args.base}")
-    made = merged(base, adapter, args.strength)
+    made = merged(base, adapter, args.strength, opened.path.name)
     tensors.write(args.out, made, told)
     print(f"{args.out}: {made.parameters:,} parameters, {made.bytes / 1e9:.2f} GB")
 

@@ -1,8 +1,7 @@
 """Our own files: autoencoder, adapter and merged model, each one safetensors file."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 from ..adapter import Adapter, AdapterConfig, Recommended
 from ..davae import DAVAE, DAVAEConfig
-from ..errors import CheckpointError, DAVAEError
+from ..errors import CheckpointError
 from ..history import History
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
@@ -58,7 +57,7 @@ def load_autoencoder(path: PathLike, dtype: torch.dtype | None = None) -> DAVAE:
     meta, info, name = _header(path, "autoencoder")
     latent, _ = metadata.latent_of(metadata.parse(info, "autoencoder", name), name)
     metadata.history_of(info, name)
-    with _naming(name):
+    with files.naming(name):
         config = DAVAEConfig.from_state_dict(meta)
         _agree(config.latent, latent, ("base_channels", "detail_channels", "scale", "base_factor"))
         with torch.device("meta"):
@@ -93,7 +92,7 @@ def load_adapter(path: PathLike) -> Adapter:
     meta, info, name = _header(path, "adapter")
     latent, recommended = metadata.latent_of(metadata.parse(info, "adapter", name), name)
     history = metadata.history_of(info, name)
-    with _naming(name):
+    with files.naming(name):
         found = AdapterConfig.from_state_dict(meta, latent.base_channels)
         _agree(found.latent, latent, ("base_channels", "detail_channels"))
     layout.check_floats({key: tensor for key, tensor in meta.items() if not key.endswith(".alpha")}, name)
@@ -127,7 +126,7 @@ def load_merged(path: PathLike) -> MergedModel:
     latent, recommended = metadata.latent_of(metadata.parse(info, "model", name), name)
     history = metadata.history_of(info, name)
     meta = _strip(meta)
-    with _naming(name):
+    with files.naming(name):
         config = MMDiTConfig.from_state_dict(meta)
     if config.in_channels != latent.channels or config.out_channels != latent.channels:
         raise CheckpointError(
@@ -154,7 +153,7 @@ def load_text_encoder(path: PathLike) -> TextEncoder:
     """Read the tiny model's text encoder; raises as :func:`load_autoencoder` does."""
     meta, info, name = _header(path, "text_encoder")
     words = metadata.parse(info, "text_encoder", name).get("vocabulary")
-    with _naming(name):
+    with files.naming(name):
         rows, context = dims(meta, "token_embedding.weight", 2)
         length, _ = dims(meta, "position_embedding", 2)
         pooled, _ = dims(meta, "pool.weight", 2)
@@ -198,15 +197,6 @@ def _strip(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if inner:
             return inner
     return dict(state)
-
-
-@contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Put the file's name before the message of whatever is wrong with its tensors."""
-    try:
-        yield
-    except DAVAEError as problem:
-        raise CheckpointError(f"{file}: {problem}") from problem
 
 
 def _agree(found: LatentSpec, claimed: LatentSpec, attributes: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import bases
 from ..errors import CheckpointError
-from . import foreign_json, metadata, pickled, tensors
+from . import files, foreign_json, metadata, pickled, tensors
 from .detect import CHECKPOINT_PREFIXES, Detected, detect
 from .diffusers_names import transformer_config, transformer_rules, vae_config, vae_rules
 from .names import to_native
@@ -70,9 +70,10 @@ def open_any(path: Path) -> Opened:
 
 def _opened(path: Path, stored: Tensors, told: Mapping[str, str]) -> Opened:
     detected = detect(stored.meta, metadata.kind_of(told))
-    if detected.kind == "diffusers vae" and bases.BASE_KEY not in told:
-        told = {**told, **_base_beside(path, stored)}
-    return Opened(path, detected, stored, told, _parts(detected, stored, path.name))
+    with files.naming(path.name):
+        if detected.kind == "diffusers vae" and bases.BASE_KEY not in told:
+            told = {**told, **_base_beside(path, stored)}
+        return Opened(path, detected, stored, told, _parts(detected, stored, path.name))
 
 
 def _base_beside(path: Path, stored: Tensors) -> dict[str, str]:

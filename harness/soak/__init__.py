@@ -1,0 +1,11 @@
+"""Damaged and hostile files for every loader and converter: ``python3 dev.py soak --files N``.
+
+    originals   a small good file or folder of every kind that is read
+    damage      ways to spoil safetensors files, JSON and pickles that know their structure
+    subjects    what reads them, and whether what came out makes sense
+    worker      one process that spoils and reads, file after file, and measures
+    outcomes    what can happen, counted
+    report      the table of docs/RELIABILITY.md
+
+File ``i`` of a seed is always the same one, so that a run goes on where it stopped and a find can be looked at alone.
+"""
