@@ -196,3 +196,7 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("merge base", "base.safetensors", ITSELF, _merge_base),
     Subject("merge adapter", "adapter.safetensors", ITSELF, _merge_adapter),
 )
+
+# What opens files in the graph, and what is quick, more often than what runs whole models.
+_OFTEN = ("load adapter", "load merged", "load text encoder", "inspect", "LoRA", "merge adapter")
+TURNS: tuple[Subject, ...] = SUBJECTS + 3 * tuple(subject for subject in SUBJECTS if subject.name in _OFTEN)

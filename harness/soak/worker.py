@@ -22,7 +22,7 @@ import torch
 from davae_core.errors import DAVAEError
 
 from . import damage, outcomes
-from .subjects import SUBJECTS, Subject, WrongError
+from .subjects import TURNS, Subject, WrongError
 
 MOST_SECONDS = 2.0
 MOST_BYTES = 200 * 2**20
@@ -32,7 +32,7 @@ def spoil(seed: int, number: int, originals: Path, place: Path) -> tuple[Subject
     """Make file ``number``: what reads it, where it is, what was done to it, and its size in bytes."""
     rng = random.Random(f"{seed} {number}")
     torch.manual_seed(number)
-    subject = SUBJECTS[number % len(SUBJECTS)]
+    subject = TURNS[number % len(TURNS)]
     source = originals / subject.original
     copy = place / subject.original
     if source.is_dir():
