@@ -88,18 +88,28 @@ def read(path: Path) -> tuple[Tensors, dict[str, str]]:
     return Tensors(file.header.meta(path.name), file.get), dict(file.header.metadata)
 
 
+def shard_names(index: Path) -> dict[str, str]:
+    """In which file of its folder each tensor of a ``*.safetensors.index.json`` lies.
+
+    Raises:
+        CheckpointError: the index is damaged, or names something outside of its folder.
+    """
+    home = foreign_json.read(index).get("weight_map")
+    if not isinstance(home, dict) or not home or not all(isinstance(name, str) for name in home.values()):
+        raise CheckpointError(f"{index.name} is no readable index of shards: it has no weight_map, file name by tensor")
+    if any(PurePosixPath(name).name != name or PureWindowsPath(name).name != name for name in home.values()):
+        raise CheckpointError(f"{index.name} names files outside its folder; it is not an index that was written here")
+    return home
+
+
 def read_shards(index: Path) -> Tensors:
     """The safetensors files that a ``*.safetensors.index.json`` names, as one.
 
     Raises:
         CheckpointError: the index is damaged, or a file or tensor that it names is not there.
     """
-    home = foreign_json.read(index).get("weight_map")
-    if not isinstance(home, dict) or not home or not all(isinstance(name, str) for name in home.values()):
-        raise CheckpointError(f"{index.name} is no readable index of shards: it has no weight_map, file name by tensor")
+    home = shard_names(index)
     names = sorted(set(home.values()))
-    if any(PurePosixPath(name).name != name or PureWindowsPath(name).name != name for name in names):
-        raise CheckpointError(f"{index.name} names files outside its folder; it is not an index that was written here")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise CheckpointError(f"{index.name} names {len(names)} files, of which {', '.join(absent)} is not there")

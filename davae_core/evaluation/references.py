@@ -7,16 +7,18 @@ makes them from the prepared data.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import atomic, images
+from ..checkpoints import foreign_json
+from ..checkpoints.settings import Number
 from ..errors import DAVAEError
 
 PICTURE = Path(__file__).with_name("tiny_references.png")
 DESCRIPTION = PICTURE.with_suffix(".json")
 COLUMNS = 50
+SIDE = Number(1, 4096, whole=True)  # of a picture, and of the mosaic
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,14 @@ def load_references(picture: Path = PICTURE) -> References:
     description = picture.with_suffix(".json")
     again = "make both again: python -m davae_core.training.tiny.references --data DIR"
     try:
-        told: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
-        captions, size, columns = tuple(told["captions"]), int(told["size"]), int(told["columns"])
+        told = foreign_json.read(description)
+        captions = tuple(told["captions"])
+        size, columns = (SIDE.read(name, told[name]) for name in ("size", "columns"))
         held_out = set(told["held_out"])
         sources = tuple(dict(source) for source in told["sources"])
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        if not captions or not all(isinstance(caption, str) for caption in captions):
+            raise DAVAEError("captions are no list of texts")
+    except (ValueError, KeyError, TypeError) as problem:
         raise DAVAEError(f"{description} cannot be read ({type(problem).__name__}: {problem}); {again}") from problem
     if not held_out <= set(captions):
         raise DAVAEError(f"{description} holds out captions that it does not list; {again}")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from ..locate import REPOSITORY
@@ -25,8 +28,8 @@ RELIABILITY = REPOSITORY / "docs" / "RELIABILITY.md"
 class Worker:
     """A :mod:`harness.soak.worker`, started anew whenever it ends."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.command = [sys.executable, "-m", "harness.soak.worker", str(folder), str(seed), "0"]
+    def __init__(self, folder: Path, seed: int, name: str) -> None:
+        self.command = [sys.executable, "-m", "harness.soak.worker", str(folder), str(seed), name]
         self.process: subprocess.Popen | None = None
 
     def ask(self, number: int) -> list:
@@ -60,7 +63,40 @@ class Worker:
             self.process = None
 
 
-def run(files: int, seed: int, state: Path | None = None, minutes: float | None = None) -> Tally:
+class Workers:
+    """Several, of which each takes the next file."""
+
+    def __init__(self, folder: Path, seed: int, count: int) -> None:
+        self.idle: queue.Queue[Worker] = queue.Queue()
+        self.all = [Worker(folder, seed, str(i)) for i in range(count)]
+        for worker in self.all:
+            self.idle.put(worker)
+
+    def answers(self, numbers: Iterable[int]) -> Iterator[list]:
+        """The outcome of each, in their order."""
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(len(self.all)) as pool:
+            for number in numbers:
+                waiting.append(pool.submit(self._ask, number))
+                if len(waiting) > 2 * len(self.all):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _ask(self, number: int) -> list:
+        worker = self.idle.get()
+        try:
+            return worker.ask(number)
+        finally:
+            self.idle.put(worker)
+
+    def end(self) -> None:
+        """Stop all."""
+        for worker in self.all:
+            worker.end()
+
+
+def run(files: int, seed: int, state: Path | None = None, minutes: float | None = None, workers: int = 1) -> Tally:
     """Read ``files`` damaged files.
 
     Args:
@@ -68,25 +104,28 @@ def run(files: int, seed: int, state: Path | None = None, minutes: float | None 
         seed: of all of them.
         state: a file in which the counts are kept, to go on from.
         minutes: stop after so long; None for no limit.
+        workers: processes at the same time.
     """
     tally = _load(state, seed) if state else Tally(seed)
     start, shown = time.monotonic(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="davae-soak-", dir=MEMORY) as folder:
         (Path(folder) / "originals").mkdir()
         _quietly(originals.make, Path(folder) / "originals")
-        worker = Worker(Path(folder), seed)
+        crew = Workers(Path(folder), seed, workers)
+        in_time = (
+            number for number in range(tally.done, files) if minutes is None or time.monotonic() - start < 60 * minutes
+        )
         try:
-            while tally.done < files and (minutes is None or time.monotonic() - start < 60 * minutes):
-                number = tally.done
-                tally.add(*worker.ask(number))
-                if tally.finds and tally.finds[-1][0] == number:
+            for answer in crew.answers(in_time):
+                tally.add(*answer)
+                if tally.finds and tally.finds[-1][0] == answer[0]:
                     print(*tally.finds[-1], sep="  ", flush=True)
                 if time.monotonic() - shown > 5:
                     shown = time.monotonic()
                     print(f"{tally.done:,} of {files:,} files, {tally.bad} finds", flush=True)
                     _save(state, tally)
         finally:
-            worker.end()
+            crew.end()
             _save(state, tally)
     return tally
 
@@ -133,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--files", type=int, default=20_000, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all of them (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="stop after so long")
+    parser.add_argument("--workers", type=int, default=1, help="processes at the same time (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path("output/soak.json"), help="to go on from (%(default)s)")
     parser.add_argument("--only", type=int, metavar="N", help="one file of the seed, with its traceback")
     parser.add_argument("--write", action="store_true", help=f"put the row into {RELIABILITY.name}")
@@ -140,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.only is not None:
         show(options.seed, options.only)
         return 0
-    tally = run(options.files, options.seed, options.state, options.minutes)
+    tally = run(options.files, options.seed, options.state, options.minutes, options.workers)
     for outcome in outcomes.ALL:
         print(f"{tally.counts.get(outcome, 0):8,}  {outcome}")
     if options.write:

@@ -1,6 +1,6 @@
 """The tiny SD3.5 and its text encoder as MODEL and CLIP."""
 
-import json
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -13,7 +13,7 @@ from comfy.supported_models_base import ClipTarget
 from torch import nn
 
 from ...davae_core import checkpoints, tiny
-from ...davae_core.checkpoints import files
+from ...davae_core.checkpoints import files, foreign_json, settings
 from ...davae_core.errors import CheckpointError, DAVAEError
 from ...davae_core.text_encoder import TextEncoder
 from .folders import file_stamp
@@ -36,7 +36,10 @@ def load_tiny() -> tuple[ModelPatcher, comfy.sd.CLIP]:
     model, text = (_find(kind, name) for kind, name in _FILES.items())
     _, metadata = files.read_metadata(model)  # also because ComfyUI does not say which file is damaged
     patcher = comfy.sd.load_diffusion_model(model)
-    colour_previews(patcher.model.latent_format, json.loads(metadata.get(tiny.PREVIEW, "[]")))
+    with files.naming(Path(model).name):
+        told = foreign_json.value(metadata.get(tiny.PREVIEW, "[]"), tiny.PREVIEW)
+        colours = settings.finite_numbers(told, tiny.PREVIEW)
+    colour_previews(patcher.model.latent_format, colours)
     return patcher, _clip(checkpoints.load_text_encoder(text))
 
 

@@ -135,6 +135,15 @@ def test_nothing_reads_pickles(sources: dict[str, ast.Module]) -> None:
                 )
 
 
+def test_one_reader_reads_all_json_of_others(sources: dict[str, ast.Module]) -> None:
+    """So that a limit is one everywhere. ``metadata`` reads what it has just written, ``data`` files of known hash."""
+    own = {"davae_core.checkpoints.foreign_json", "davae_core.checkpoints.metadata", "davae_core.training.tiny.data"}
+    for module, tree in sources.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.load", "json.loads"):
+                assert module in own, f"{module}, line {node.lineno}: {ast.unparse(node)}"
+
+
 def test_only_a_literal_weights_only_load_is_let_through() -> None:
     allowed = {"torch.load(p, weights_only=True)": True, "torch.load(p, weights_only=safe)": False}
     allowed |= {"torch.load(p)": False, "torch.load(p, **options)": False, "torch.load(p, weights_only=False)": False}

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from ... import atomic
-from ...checkpoints import files
+from ...checkpoints import files, foreign_json
 from ...errors import CheckpointError, DAVAEError
 
 INDEX = "index.json"
@@ -89,7 +89,7 @@ def survey(folder: Path, kind: str, about: Mapping[str, Any]) -> Found:
         except CheckpointError:
             found.damaged.append(path)
             continue
-        was = json.loads(told.get("davae.about", "{}"))
+        was = foreign_json.parse(told.get("davae.about", "{}"), f"davae.about of {path}")
         if told.get("davae.kind") != kind or was != dict(about):
             other = [f"{name}: {was.get(name)!r}, now {about.get(name)!r}" for name in {**was, **about}
                      if was.get(name) != about.get(name)]  # fmt: skip
@@ -199,12 +199,27 @@ def _index(folder: Path, kind: str, maker: str) -> dict[str, Any]:
     if not path.is_file():
         raise DAVAEError(f"{folder} is not a finished set: it has no {INDEX}; run {maker}, again if it was cut off")
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
+        told = foreign_json.read(path)
+    except CheckpointError as problem:
         raise DAVAEError(f"{path} is damaged ({problem}); run {maker} again") from None
     if told.get("format") != FORMAT or told.get("kind") != kind:
         raise DAVAEError(
             f"{path} tells of {told.get('kind')!r} in format {told.get('format')!r}, expected {kind!r} in format "
             f"{FORMAT}; give the folder that {maker} wrote"
         )
+    if not isinstance(told.get("about"), dict) or not _lists_shards(told.get("shards")):
+        raise DAVAEError(f"{path} is damaged (it does not list its shards); run {maker} again")
     return told
+
+
+def _lists_shards(shards: Any) -> bool:
+    """Whether an index lists files of its own folder, each with its size, its hash and the records in it."""
+    return isinstance(shards, list) and all(
+        isinstance(shard, dict)
+        and isinstance(shard.get("file"), str)
+        and _NAME.fullmatch(shard["file"])
+        and isinstance(shard.get("keys"), list)
+        and all(isinstance(key, str) for key in shard["keys"])
+        and {"bytes", "sha256"} <= set(shard)
+        for shard in shards
+    )

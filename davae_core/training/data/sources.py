@@ -6,7 +6,6 @@ image can be had at any time.
 
 import glob
 import io
-import json
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 
 from PIL import Image, ImageOps
 
+from ...checkpoints import foreign_json
 from ...errors import DAVAEError
 from ...images import on_white
 
@@ -151,7 +151,7 @@ def captions_of(text: bytes | None, data: bytes | None, name: str) -> tuple[str,
     try:
         if text is not None:
             return tuple(filter(None, [text.decode("utf-8-sig").strip()]))
-        value: Any = json.loads(data.decode("utf-8-sig")) if data is not None else None
+        value: Any = foreign_json.value(data.decode("utf-8-sig"), "its .json") if data is not None else None
     except ValueError as problem:
         raise DAVAEError(f"the caption of {name} cannot be read ({problem}); .txt and .json must be UTF-8") from None
     if isinstance(value, dict):

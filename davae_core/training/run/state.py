@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from ...checkpoints import files
+from ...checkpoints import files, foreign_json
+from ...checkpoints.settings import Number
 from ...errors import CheckpointError
 
 FILE = "state.safetensors"
 _KIND = "training_state"
+WHOLE = Number(0, 1e12, whole=True)
 
 
 @dataclass
@@ -46,8 +48,13 @@ def load(folder: Path) -> State:
     tensors, info = files.read(folder / FILE)
     if info.get("davae.kind") != _KIND or "davae.training" not in info:
         raise CheckpointError(f"{folder / FILE} is not the state of a training")
-    told = json.loads(info["davae.training"])
-    return State(told["recipe"], told["step"], told["skipped"], tensors)
+    file = str(folder / FILE)
+    with files.naming(file):
+        told = foreign_json.parse(info["davae.training"], "davae.training")
+        step, skipped = (WHOLE.read(name, told.get(name)) for name in ("step", "skipped"))
+        if not isinstance(told.get("recipe"), dict):
+            raise CheckpointError("it does not tell its recipe")
+    return State(told["recipe"], step, skipped, tensors)
 
 
 def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

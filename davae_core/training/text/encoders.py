@@ -9,7 +9,6 @@ What ComfyUI does (``comfy/text_encoders/sd3_clip.py`` and what it uses):
   scales of scaled fp8 files. So all arithmetic is in fp32.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.nn.utils import parametrize
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ...checkpoints import files
+from ...checkpoints.tensors import shard_names
 from ...errors import CheckpointError
 from .tokens import CLIP_LENGTH, Tokenizers, Tokens
 
@@ -255,8 +255,7 @@ def weight_files(source: Path) -> list[Path]:
     if not source.is_dir():
         return [source]
     for index in sorted(source.glob("model.safetensors.index*.json")):
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [source / name for name in sorted(set(named))]
+        return [source / name for name in sorted(set(shard_names(index).values()))]
     for name in ("model.safetensors", "model.fp16.safetensors"):
         if (source / name).is_file():
             return [source / name]

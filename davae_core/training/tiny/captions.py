@@ -5,9 +5,10 @@ their own, and the same thing in every style. Held-out pairs are never trained o
 seen in other pairs, so drawing one is a test of composition.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from ...checkpoints import foreign_json
 
 FILE = Path(__file__).with_name("captions.json")
 
@@ -52,7 +53,7 @@ class Captions:
 
 def load_captions(path: Path = FILE) -> Captions:
     """Read the captions that ship with the package, or others of the same layout."""
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = foreign_json.read(path)
     return Captions(
         styles=tuple(data["styles"]),
         names=dict(data["names"]),

@@ -28,6 +28,7 @@ import tyro
 from PIL import Image
 
 from ... import atomic
+from ...checkpoints import foreign_json
 from ...errors import DAVAEError
 from ...images import on_white
 from .captions import Captions, load_captions
@@ -245,7 +246,7 @@ def is_complete(out: Path, expected: Mapping[str, Any]) -> bool:
     """Say whether a folder already holds what is asked for. DAVAEError if it holds something else."""
     for name in ("manifest.json", "manifest.json.unfinished"):
         if (out / name).is_file():
-            manifest = json.loads((out / name).read_text(encoding="utf-8"))
+            manifest = foreign_json.read(out / name)
             if other := [key for key, value in expected.items() if manifest.get(key) != value]:
                 raise DAVAEError(
                     f"{out} holds images of {manifest.get('size')} px, {expected['size']} px was asked for; "
@@ -269,7 +270,7 @@ def prepare(config: DataConfig, captions: Captions, archives: Mapping[str, Archi
     start = time.monotonic()
     expected = summary(config, captions, archives)
     if is_complete(config.out, expected):
-        counts: dict[str, int] = json.loads((config.out / "manifest.json").read_text(encoding="utf-8"))["counts"]
+        counts: dict[str, int] = foreign_json.read(config.out / "manifest.json")["counts"]
         print(f"{config.out} is complete: {counts}. Nothing to do.")
         return counts
     paths = {key: obtain(archive, config.archives, config.downloads) for key, archive in archives.items()}
