@@ -6,6 +6,7 @@
     python dev.py test     run the tests, in two workers where there are two cores; --all adds the slow ones;
                            arguments go to pytest
     python dev.py ui       serve ComfyUI with the pack on this machine
+    python dev.py soak     read damaged files with every loader and converter; --help tells the arguments
     python dev.py bench    time the models beside what a user would run instead; --help tells the arguments
 
 Each task makes the environment first if it is not complete; interrupting it does no harm.
@@ -105,6 +106,12 @@ def bench(options: argparse.Namespace) -> int:
     return run([str(python), "-m", "benchmarks", *options.rest])
 
 
+def soak(options: argparse.Namespace) -> int:
+    """Runs the fuzzers and gives back their exit code: 1 where something was found."""
+    _, python = environment.prepare(say)
+    return run([str(python), "-m", "harness.soak", *options.rest])
+
+
 def run(command: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
     """Runs a command in the foreground; Ctrl-C is the command's to handle. Returns its exit code."""
     process = subprocess.Popen(command, cwd=cwd, env=env)
@@ -140,10 +147,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     tests.usage = "dev.py test [--all] [--precision bf16 | fp32] [-n WORKERS] [pytest arguments]"
     benches = task(bench, "time the models beside what a user would run instead; all arguments go to the benchmarks")
     benches.usage = "dev.py bench [--quick | --long] [--json FILE] ..."
+    soaks = task(soak, "read damaged files with every loader and converter; all arguments go to the fuzzer")
+    soaks.usage = "dev.py soak [--files N] [--seed N] [--minutes N] ..."
     ui_parser = task(ui, "serve ComfyUI with the pack on this machine")
     ui_parser.add_argument("--port", type=int, default=8188, help="default: %(default)s")
 
-    if argv[:1] == ["bench"] or (argv[:1] == ["test"] and argv[1:] not in (["-h"], ["--help"])):
+    if argv[:1] in (["bench"], ["soak"]) or (argv[:1] == ["test"] and argv[1:] not in (["-h"], ["--help"])):
         options = parser.parse_args(argv[:1])
         options.rest = argv[1:]
         return options

@@ -70,6 +70,11 @@ def known_words(vocabulary: Sequence[str], count: int = 24) -> str:
     return f"styles: {', '.join(styles)}; names: {', '.join(some)}" + (", ..." if len(some) < len(names) else "")
 
 
+def file_words(prompt: str, most: int = 60) -> str:
+    """A prompt's words as part of a file name, cut to what any file system takes; ``prompt`` where it has none."""
+    return "_".join(words(prompt))[:most].rstrip("_") or "prompt"
+
+
 def remarks(prompts: Sequence[str], vocabulary: Sequence[str]) -> list[str]:
     """What a person should know about prompts that the tiny model cannot draw as they stand."""
     lines = []
@@ -137,7 +142,7 @@ class Demo:
                 continue
             (saved,) = outputs[key]["images"]
             prefix = node["inputs"]["filename_prefix"]
-            file = self.out / f"{index + 1}_{'_'.join(words(text)) or 'prompt'}_{prefix}.png"
+            file = self.out / f"{index + 1}_{file_words(text)}_{prefix}.png"
             shutil.copyfile(Path(folder_paths.get_output_directory(), saved["subfolder"], saved["filename"]), file)
             print(f"  {file}", flush=True)
             self.pictures.append(Picture(index, prefix, node["_meta"]["title"], file))

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from .fonts import font_for
+
 Row = tuple[str, Sequence[tuple[str, Image.Image]]]
 
 CELL = 256
 GAP, LINE = 16, 18
+NO_FONT = "no font on this machine has its letters"
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (90, 90, 90)
 
 
@@ -33,7 +36,9 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     font, small = ImageFont.load_default(14), ImageFont.load_default(12)
     for i, (heading, row) in enumerate(rows):
         top = GAP + i * height
-        draw.text((GAP, top), heading, INK, font)
+        written = font_for(heading, 14)
+        text = heading if written else f"prompt {i + 1}: {NO_FONT}"
+        draw.text((GAP, top), text, INK, written or font)
         for j, (label, picture) in enumerate(row):
             left, middle = GAP + j * (side + GAP), top + LINE
             shown = enlarged(picture, side)

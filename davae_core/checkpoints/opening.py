@@ -59,13 +59,16 @@ def open_any(path: Path) -> Opened:
     Raises:
         CheckpointError: it cannot be read, or is a folder in which nothing known lies.
     """
-    if path.is_dir():
-        return _folder(path)
-    if path.suffix.lower() in pickled.SUFFIXES:
-        return _pickled(path)
-    if path.name.endswith(".index.json"):
-        return _opened(path, tensors.read_shards(path), {})
-    return _opened(path, *tensors.read(path))
+    try:
+        if path.is_dir():
+            return _folder(path)
+        if path.suffix.lower() in pickled.SUFFIXES:
+            return _pickled(path)
+        if path.name.endswith(".index.json"):
+            return _opened(path, tensors.read_shards(path), {})
+        return _opened(path, *tensors.read(path))
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be read ({problem})") from problem
 
 
 def _opened(path: Path, stored: Tensors, told: Mapping[str, str]) -> Opened:

@@ -95,7 +95,11 @@ def shard_names(index: Path) -> dict[str, str]:
         CheckpointError: the index is damaged, or names something outside of its folder.
     """
     home = foreign_json.read(index).get("weight_map")
-    if not isinstance(home, dict) or not home or not all(isinstance(name, str) for name in home.values()):
+    if (
+        not isinstance(home, dict)
+        or not home
+        or not all(isinstance(name, str) and len(name.encode("utf-8", "replace")) <= 255 for name in home.values())
+    ):
         raise CheckpointError(f"{index.name} is no readable index of shards: it has no weight_map, file name by tensor")
     if any(PurePosixPath(name).name != name or PureWindowsPath(name).name != name for name in home.values()):
         raise CheckpointError(f"{index.name} names files outside its folder; it is not an index that was written here")

@@ -10,6 +10,7 @@ from ...davae_core.adapter import Recommended
 from ...davae_core.errors import DAVAEError, LatentError
 from ...davae_core.history import History
 from ...davae_core.latent import LatentSpec
+from .finite import note_nan
 from .history import note_sampled
 from .latent_format import latent_format, require_channels
 
@@ -45,6 +46,7 @@ class AdaptedSD3(comfy.model_base.SD3):
         """Called after sampling, with every sampler."""
         latent = super().process_latent_out(latent)
         note_sampled(self.davae_history, latent)
+        note_nan(self.diffusion_model, latent)
         return latent
 
 
