@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import bases
 from ..errors import CheckpointError
 from . import files, foreign_json, metadata, pickled, tensors
@@ -15,6 +17,7 @@ from .tensors import Tensors
 
 TEXT_ENCODERS = ("clip_l", "clip_g", "t5xxl")
 FIRST_STAGE = "first_stage_model."
+BASE_MODELS = ("sd3 model", "sd3 checkpoint", "diffusers transformer")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,26 @@ def open_any(path: Path) -> Opened:
         return _opened(path, *tensors.read(path))
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read ({problem})") from problem
+
+
+def diffusion_model(path: Path) -> dict[str, torch.Tensor]:
+    """An SD3 / SD3.5 diffusion model in the names of its own layout, in the file's dtype.
+
+    Of a checkpoint only this part is read: its text encoders stay on the disk.
+
+    Args:
+        path: a diffusion model's file, a checkpoint that holds one, or a folder of diffusers' layout.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds no unadapted SD3 / SD3.5 model.
+    """
+    opened = open_any(path)
+    if opened.detected.kind not in BASE_MODELS or "diffusion_model" not in opened.parts:
+        raise CheckpointError(
+            f"{path.name} is {opened.detected.description}; give an unadapted SD3 / SD3.5 diffusion model, a "
+            "checkpoint that holds one, or a folder of diffusers' layout (--model)"
+        )
+    return dict(opened.parts["diffusion_model"].native)
 
 
 def _opened(path: Path, stored: Tensors, told: Mapping[str, str]) -> Opened:

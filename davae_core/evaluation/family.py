@@ -1,28 +1,84 @@
-"""The tiny family, ready to draw: base model, text encoder, DA-VAE, and the adapter merged into a second model."""
+"""A family of models, ready to draw: base model, text, DA-VAE, and the adapter merged into a second model."""
 
 import hashlib
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .. import checkpoints, tiny
+from .. import checkpoints, prompts, tiny
 from ..adapter import Recommended, merge
 from ..checkpoints import files
+from ..checkpoints.opening import diffusion_model
 from ..davae import DAVAE
+from ..embeddings import Embeddings, Encoded
 from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
 from ..text_encoder import TextEncoder
 
-# File -> ComfyUI's model kind, which is the name of its folder.
-FILES = {
-    tiny.MODEL: "diffusion_models",
-    tiny.TEXT_ENCODER: "text_encoders",
-    tiny.AUTOENCODER: "vae",
-    tiny.ADAPTER: "loras",
-}
+
+@dataclass(frozen=True)
+class FamilyFiles:
+    """Where the models of a family are; by default those that ship.
+
+    Attributes:
+        model: the base diffusion model: its file, a whole checkpoint, or a folder of diffusers' layout.
+        autoencoder: file of the DA-VAE.
+        adapter: file of the adapter.
+        text_encoder: file of a tiny model's text encoder; None where there are embeddings.
+        embeddings: folder of the captions' embeddings (``python -m davae_core.training text``).
+    """
+
+    model: Path = tiny.FOLDERS["diffusion_models"] / tiny.MODEL
+    autoencoder: Path = tiny.FOLDERS["vae"] / tiny.AUTOENCODER
+    adapter: Path = tiny.FOLDERS["loras"] / tiny.ADAPTER
+    text_encoder: Path | None = tiny.FOLDERS["text_encoders"] / tiny.TEXT_ENCODER
+    embeddings: Path | None = None
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file by its role, to tell which weights figures were measured with; folders are left out."""
+        return {role: hashed(path) for role, path in vars(self).items() if path is not None and path.is_file()}
+
+
+def hashed(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """``--model``, ``--autoencoder``, ``--adapter``, and ``--text-encoder`` or ``--embeddings``."""
+    group = parser.add_argument_group("models", "any family, by file; what is not given is that of the tiny family")
+    group.add_argument(
+        "--model", type=Path, metavar="FILE", help="base diffusion model, a checkpoint with it, or a diffusers folder"
+    )
+    group.add_argument("--autoencoder", type=Path, metavar="FILE", help="DA-VAE")
+    group.add_argument("--adapter", type=Path, metavar="FILE", help="adapter")
+    group.add_argument("--text-encoder", type=Path, metavar="FILE", help="text encoder of a tiny model")
+    group.add_argument(
+        "--embeddings", type=Path, metavar="DIR", help="embeddings of all captions (python -m davae_core.training text)"
+    )
+
+
+def files_of(args: Namespace) -> FamilyFiles:
+    """The files that a command line names.
+
+    Raises:
+        DAVAEError: captions are to be encoded in two ways.
+    """
+    if args.text_encoder is not None and args.embeddings is not None:
+        raise DAVAEError("give --text-encoder or --embeddings, not both: captions are encoded by one of them")
+    given = {name: getattr(args, name) for name in ("model", "autoencoder", "adapter", "text_encoder", "embeddings")}
+    named = {name: path for name, path in given.items() if path is not None}
+    if args.embeddings is not None:
+        named["text_encoder"] = None
+    return FamilyFiles(**named)
 
 
 @dataclass(frozen=True)
@@ -32,7 +88,7 @@ class Family:
     Attributes:
         base: the unadapted model, C channels.
         adapted: the same with the adapter merged into it, C + D channels.
-        text: the text encoder of both.
+        text: what captions of both are encoded by.
         davae: the autoencoder.
         latent: units of the latents as the adapter was trained with them.
         recommended: how the adapter is to be sampled.
@@ -40,7 +96,7 @@ class Family:
 
     base: MMDiT
     adapted: MMDiT
-    text: TextEncoder
+    text: TextEncoder | Embeddings
     davae: DAVAE
     latent: LatentSpec
     recommended: Recommended
@@ -48,36 +104,15 @@ class Family:
     @property
     def device(self) -> torch.device:
         """Where the models are."""
-        return self.text.position_embedding.device
+        return self.davae.decoder.conv_out.weight.device
 
+    def encode(self, captions: Sequence[str]) -> Encoded:
+        """Captions as both models read them.
 
-def find_files(folder: Path | None = None, names: Sequence[str] = tuple(FILES)) -> dict[str, Path]:
-    """Where the files of a tiny family are.
-
-    Args:
-        folder: holds the files, all in one place or in the sub-folders ``diffusion_models``, ``text_encoders``,
-            ``vae`` and ``loras``; without one they are those of the pack.
-        names: keys of :data:`FILES` that are wanted.
-
-    Raises:
-        DAVAEError: one of them is missing.
-    """
-    found, missing = {}, []
-    for name in names:
-        kind = FILES[name]
-        places = [tiny.FOLDERS[kind] / name] if folder is None else [folder / kind / name, folder / name]
-        there = [place for place in places if place.is_file()]
-        if there:
-            found[name] = there[0]
-        else:
-            missing.append(name)
-    if missing:
-        where = "the pack" if folder is None else f"{folder} and its sub-folders {', '.join(FILES.values())}"
-        raise DAVAEError(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in {where}; give a folder that holds the "
-            "files as --folder, or train them: python -m davae_core.training.tiny.build --help"
-        )
-    return found
+        Raises:
+            DAVAEError: a caption has no embedding.
+        """
+        return prompts.encode(self.text, captions, self.device)
 
 
 def load_davae(path: Path, device: torch.device | str = "cpu") -> DAVAE:
@@ -89,41 +124,36 @@ def load_davae(path: Path, device: torch.device | str = "cpu") -> DAVAE:
     return checkpoints.load_autoencoder(path, torch.float32).requires_grad_(False).to(device)
 
 
-def load_family(folder: Path | None = None, device: torch.device | str = "cpu") -> Family:
-    """Load the four files, see :func:`find_files`, and merge the adapter.
+def load_family(where: FamilyFiles = FamilyFiles(), device: torch.device | str = "cpu") -> Family:
+    """Load the models and merge the adapter.
 
     Raises:
         DAVAEError: a file is missing or damaged, or they do not belong together.
     """
-    paths = find_files(folder)
-    state = _float(files.read(paths[tiny.MODEL])[0])
-    files.check_finite(state, tiny.MODEL)
-    adapter = checkpoints.load_adapter(paths[tiny.ADAPTER])
-    davae = load_davae(paths[tiny.AUTOENCODER], device)
-    text = checkpoints.load_text_encoder(paths[tiny.TEXT_ENCODER]).float().requires_grad_(False).to(device)
+    adapter = checkpoints.load_adapter(where.adapter)
+    davae = load_davae(where.autoencoder, device)
+    text = prompts.source(where.text_encoder, where.embeddings)
+    if isinstance(text, TextEncoder):
+        text = text.to(device)
     latent = adapter.config.latent
     if (latent.channels, latent.factor) != (davae.latent.channels, davae.latent.factor):
         raise DAVAEError(
-            f"{tiny.ADAPTER} is for latents of {latent.channels} channels at 1/{latent.factor}, {tiny.AUTOENCODER} "
-            f"makes {davae.latent.channels} channels at 1/{davae.latent.factor}; use files that belong together"
+            f"{where.adapter.name} is for latents of {latent.channels} channels at 1/{latent.factor}, "
+            f"{where.autoencoder.name} makes {davae.latent.channels} channels at 1/{davae.latent.factor}; use files "
+            "that belong together"
         )
-    base = _model(state, tiny.MODEL)
-    if (base.config.context, base.config.pooled) != (text.config.context, text.config.pooled):
+    state = {name: tensor.float() for name, tensor in diffusion_model(where.model).items()}
+    files.check_finite(state, where.model.name)
+    base = _model(state, where.model.name)
+    widths = (text.config.context, text.config.pooled) if isinstance(text, TextEncoder) else (text.context, text.pooled)
+    if (base.config.context, base.config.pooled) != widths:
         raise DAVAEError(
-            f"{tiny.MODEL} reads text of width {base.config.context} and {base.config.pooled} (pooled), "
-            f"{tiny.TEXT_ENCODER} gives {text.config.context} and {text.config.pooled}; use files that belong together"
+            f"{where.model.name} reads text of width {base.config.context} and {base.config.pooled} (pooled), "
+            f"{(where.text_encoder or where.embeddings or Path()).name} gives {widths[0]} and {widths[1]}; use files "
+            "that belong together (--text-encoder or --embeddings)"
         )
-    adapted = _model(merge(state, adapter), tiny.ADAPTER)
+    adapted = _model(merge(state, adapter), where.adapter.name)
     return Family(base.to(device), adapted.to(device), text, davae, latent, adapter.config.recommended)
-
-
-def hashes(paths: dict[str, Path]) -> dict[str, str]:
-    """SHA-256 of each file, to tell which weights figures were measured with."""
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
-
-
-def _float(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def _model(state: dict[str, torch.Tensor], name: str) -> MMDiT:

@@ -96,13 +96,8 @@ def _plain(value: Any) -> Any:
 
 
 def add_common_arguments(parser: ArgumentParser) -> None:
-    """``--folder``, ``--json``, ``--sheet``, ``--seed``, ``--batch`` and ``--device``."""
-    parser.add_argument(
-        "--folder", type=Path, help="folder with the four files of a tiny family (default: those of the pack)"
-    )
+    """``--json``, ``--batch`` and ``--device``."""
     parser.add_argument("--json", type=Path, metavar="F", help="write settings and figures to this file")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.jpg", help="write a contact sheet to this file")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--batch", type=at_least(1), default=32, help="images at a time (default: 32)")
     parser.add_argument("--device", default="cpu", help='where to compute, for example "cuda" (default: cpu)')
 

@@ -11,13 +11,13 @@ import torch
 
 from ..errors import DAVAEError
 from ..mmdit import MMDiT
-from ..sampling import Sampling, initial_noise, sample
+from ..sampling import Sampling, initial_noise, sample_encoded
 from .family import Family
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One of the captions to draw: its text, and its index among all captions, which decides its noise."""
+    """A caption to draw: its text, and its index among all captions, which with the seed decides its noise."""
 
     index: int
     caption: str
@@ -67,7 +67,8 @@ def _latents(
     side = image_size(family) // family.latent.factor
     noise = initial_noise(seed, [prompt.index for prompt in prompts], (family.latent.channels, side, side))
     noise = noise[:, :channels].to(family.device)
-    return sample(model, family.text, [prompt.caption for prompt in prompts], noise, sampling)
+    asked, empty = family.encode([prompt.caption for prompt in prompts]), family.encode([""] * len(prompts))
+    return sample_encoded(model, asked, empty, noise, sampling)
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 Each caption is drawn once, by the adapted model and, at 1/s of the size, by the base model. The picture is
 average-pooled and compared with the reference pictures of all captions, as it is and mirrored. Recall: the nearest is
 the caption's own (top-1), or one of the five nearest is (top-5). For a held-out pair, which was never trained on, it
-also counts whether the nearest has the right name and the right style.
+also counts whether the nearest has the right name and the right style, a caption being "style name".
+
+The captions and pictures are those of the tiny family, which ship small, or those of a folder (``--images``).
 """
 
 import argparse
@@ -18,12 +20,14 @@ import torch.nn.functional as F
 
 from .. import command, images
 from ..errors import DAVAEError
+from ..metrics import pooled_distance
 from ..sampling import Sampling
+from . import family as families
 from . import figures, generate
-from .family import Family, find_files, hashes, load_family
+from .family import Family, load_family
 from .figures import Bound
 from .generate import Prompt
-from .metrics import pooled_distance
+from .pictures import find_pictures, references_of
 from .references import References, load_references, split
 
 TOP = 5
@@ -167,7 +171,13 @@ def beside(path: Path, name: str) -> Path:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     out = argparse.ArgumentParser(prog="python -m davae_core.evaluation.recall", description=__doc__)
+    families.add_arguments(out)
+    out.add_argument(
+        "--images", type=Path, metavar="DIR", help="captioned pictures (default: those of the tiny family)"
+    )
     figures.add_common_arguments(out)
+    out.add_argument("--sheet", type=Path, metavar="FILE.jpg", help="write a contact sheet to this file")
+    out.add_argument("--seed", type=int, default=0, help="noise seed (default: 0)")
     out.add_argument("--every", type=figures.at_least(1), default=5, help="of the training captions (default: 5)")
     out.add_argument("--captions", type=figures.at_least(0), metavar="N", help="at most N training captions")
     out.add_argument("--held-out", type=figures.at_least(0), metavar="N", help="at most N held-out pairs")
@@ -183,10 +193,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         DAVAEError: weights or references are missing, or nothing is to be drawn.
     """
     start = time.monotonic()
-    references = load_references()
+    references = references_of(find_pictures(args.images)) if args.images is not None else load_references()
     prompts = choose(references, args.every, args.captions, args.held_out)
-    paths = find_files(args.folder)
-    family = load_family(args.folder, figures.device(args.device))
+    where = families.files_of(args)
+    family = load_family(where, figures.device(args.device))
     samplings = {"adapted": generate.adapted_sampling(family, args.steps), "base": Sampling(steps=args.steps)}
     models: dict[str, dict[str, Any]] = {}
     bounds: list[Bound] = []
@@ -206,7 +216,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "models": models,
         "bounds": [bound.to_json() for bound in bounds],
         "passed": all(bound.passed for bound in bounds),
-        "weights": hashes(paths),
+        "weights": where.hashes(),
         "versions": figures.versions(),
         "seconds": time.monotonic() - start,
     }

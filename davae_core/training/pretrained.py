@@ -2,35 +2,13 @@
 
 from pathlib import Path
 
-import torch
-
 from .. import bases
 from ..autoencoder import Autoencoder, AutoencoderConfig
+from ..checkpoints.opening import diffusion_model as diffusion_model
 from ..checkpoints.opening import open_any
 from ..errors import CheckpointError
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-KINDS = ("sd3 model", "sd3 checkpoint", "diffusers transformer")
-
-
-def diffusion_model(path: Path) -> dict[str, torch.Tensor]:
-    """An SD3 / SD3.5 diffusion model in the names of its own layout, in the file's dtype.
-
-    Of a checkpoint only this part is read: its text encoders stay on the disk.
-
-    Args:
-        path: a diffusion model's file, a checkpoint that holds one, or a folder of diffusers' layout.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds no unadapted SD3 / SD3.5 model.
-    """
-    opened = open_any(path)
-    if opened.detected.kind not in KINDS or "diffusion_model" not in opened.parts:
-        raise CheckpointError(
-            f"{path.name} is {opened.detected.description}; give an unadapted SD3 / SD3.5 diffusion model, a "
-            "checkpoint that holds one, or a folder of diffusers' layout (--model)"
-        )
-    return dict(opened.parts["diffusion_model"].native)
 
 
 def base_vae(path: Path) -> Autoencoder:

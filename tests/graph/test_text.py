@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from davae_core.training.data import records
+from davae_core import records
+from davae_core.embeddings import Embeddings, context_of, load_embeddings
 from davae_core.training.text import encode
-from davae_core.training.text.embeddings import Embeddings, context_of, load_embeddings
 from davae_core.training.text.encoders import TextEncoders, load_clip, load_t5
 from davae_core.training.text.tokens import Tokenizers, as_prompt
 from harness import sd35

@@ -19,11 +19,10 @@ import tyro
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ... import checkpoints
+from ... import checkpoints, records
 from ...davae import DAVAE
 from ...errors import DAVAEError
 from ...mmdit import MMDiTConfig
-from . import records
 from .batches import Draw, sample_seed
 from .dataset import FLIP, DataConfig, ImageData, Item, nearest_shape, shapes
 from .latents import image_key

@@ -62,6 +62,12 @@ class RunConfig:
     """Steps between two points in TensorBoard."""
     sample_every: int = 500
     """Steps between two sheets of samples (PNG and TensorBoard); 0 for none. There is one at the end in any case."""
+    validate_every: int = 500
+    """Steps between two measurements on the held-out images (TensorBoard and validation.jsonl); 0 for none but those
+    at the start and at the end. Without held-out images there are none."""
+    prompts: Path | None = None
+    """Text file with the prompts of the sample sheets, one a line, with "--d SEED" at the end for a seed other than
+    the prompt's number. Without it the captions of the first held-out images are drawn, or those of the batch."""
     bad_steps: int = 20
     """A step whose loss or gradient is not finite is skipped; after so many in a row the training stops."""
 
@@ -72,6 +78,7 @@ class RunConfig:
 
 # Fields that may differ between a run and its continuation: they do not change what a step computes.
 FREE = {"run.out", "run.steps", "run.resume", "run.save_minutes", "run.log_every", "run.sample_every", "run.bad_steps"}
+FREE |= {"run.validate_every", "run.prompts"}
 FREE |= {"run.micro_batch", "run.compile", "data.images", "data.workers", "data.cache", "data.max_broken"}
 FREE |= {"gradient_checkpointing", "frozen", "file"}
 

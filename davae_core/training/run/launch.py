@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from ..data import dataset
 from . import config, loop
 from .task import Batch, Task
+from .validation import Validation
 
 Images = Callable[[], Iterable[torch.Tensor]]
 
@@ -68,7 +69,8 @@ def launch(recipe: Recipe, multiple: int, build: Callable[[Images], Task], unuse
         ):
             yield batch["image"].to(accelerator.device)
 
-    return loop.train(build(images), config.flat(recipe), run, recipe.optimiser, accelerator, batches)
+    validation = Validation(None, run.prompts)
+    return loop.train(build(images), config.flat(recipe), run, recipe.optimiser, accelerator, batches, validation)
 
 
 SURVEY_BATCH, SURVEY_STEPS = 16, 64

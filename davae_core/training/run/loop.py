@@ -20,6 +20,7 @@ from .ema import EMA
 from .on_device import OnDevice
 from .progress import Report
 from .task import Batch, Phase, Task
+from .validation import Validation
 
 Batches = Callable[[int], Iterable[Batch]]
 FINISHED, INTERRUPTED = 0, 130
@@ -64,6 +65,7 @@ def train(
     optimiser: OptimiserConfig,
     accelerator: Accelerator,
     batches: Batches,
+    validation: Validation | None = None,
 ) -> int:
     """Train ``task`` to ``run.steps`` and export it.
 
@@ -74,6 +76,7 @@ def train(
         optimiser: of every phase.
         accelerator: device and processes.
         batches: gives this process's micro-batches from a step on.
+        validation: held-out images and the prompts of the sheets.
 
     Returns:
         FINISHED, or INTERRUPTED after Ctrl-C or SIGTERM; the state is saved in both cases.
@@ -81,6 +84,7 @@ def train(
     Raises:
         DAVAEError: the loss stays not finite, or the folder holds another run.
     """
+    validation = validation or Validation()
     task.to(accelerator.device)
     players = {name: Player(phase, optimiser, accelerator) for name, phase in task.phases.items()}
     step, skipped = _restore(run, recipe, players)
@@ -96,11 +100,18 @@ def train(
     def show(batch: Batch) -> None:
         if main or sharded:
             with _averages(players), torch.no_grad(), autocast(run, accelerator.device):
-                report.sheet(step, task.sheet(batch))
+                report.sheet(step, task.sheet(validation.sheet(batch)))
+
+    def validate() -> None:
+        if validation and (main or sharded):
+            with _averages(players), torch.no_grad(), autocast(run, accelerator.device):
+                report.validation(step, task.validate(validation.batches(accelerator.device)))
 
     saved_at, bad = time.monotonic(), 0
     # With FSDP no process can save alone, and an error may be of one process only.
     with _stop_signals() as stopped, _saved_on_error(report, None if sharded else save):
+        if step == 0:
+            validate()
         for micros in _whole_steps(batches(step), accelerator.device) if step < run.steps else ():
             rate = opt.learning_rate(optimiser, step, run.steps)
             logs: dict[str, float] = {"lr": rate}
@@ -119,6 +130,8 @@ def train(
             last, stop = step >= run.steps, _agreed(stopped(), accelerator)
             if last or (run.sample_every and step % run.sample_every == 0):
                 show(micros[0])
+            if last or (run.validate_every and step % run.validate_every == 0):
+                validate()
             due = _agreed(time.monotonic() - saved_at > run.save_minutes * 60, accelerator)
             if due or last or stop:
                 save()

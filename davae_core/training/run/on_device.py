@@ -8,6 +8,11 @@ import torch
 from .task import Batch
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """A copy of a batch whose tensors are on the device."""
+    return {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+
+
 class OnDevice(Sequence[Batch]):
     """Micro-batches in the computer's memory whose tensors are copied to the device each time one is asked for.
 
@@ -29,5 +34,4 @@ class OnDevice(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | Sequence[Batch]:
         if isinstance(index, slice):
             return OnDevice(self.batches[index], self.device)
-        batch = self.batches[index]
-        return {key: v.to(self.device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+        return on_device(self.batches[index], self.device)

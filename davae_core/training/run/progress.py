@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ...images import save_image, to_bytes
+from . import validation
 
 
 class Report:
@@ -37,6 +38,13 @@ class Report:
             path = self.folder / "samples" / f"step_{step:07d}.png"
             save_image(path, image)
             self.writer.add_image("samples", to_bytes(image), step, dataformats="HWC")
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures on held-out images: a curve each below ``validation/``, and a line in ``validation.jsonl``."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f"validation/{name}", value, step)
+            validation.append(self.folder, step, values)
 
     def say(self, line: str) -> None:
         """A line that does not break the bar."""

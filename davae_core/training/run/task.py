@@ -1,5 +1,6 @@
 """What the loop trains: a set of phases, each a module whose forward is a loss."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +42,15 @@ class Task(Protocol):
         """Move everything, also what is not trained."""
 
     def sheet(self, batch: Batch) -> torch.Tensor:
-        """A picture ``[3, H, W]`` in [-1, 1] that shows how good the model is now."""
+        """A picture ``[3, H, W]`` in [-1, 1] that shows how good the model is now.
+
+        Args:
+            batch: ``image``, ``caption`` and, where the run has prompts of its own, ``asked``: a list of
+                :class:`~davae_core.training.run.validation.Asked` to draw instead of the captions.
+        """
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Figures on held-out images, by name; the weights are the averaged ones, gradients are off."""
 
     def export(self, folder: Path) -> list[Path]:
         """Write the finished files; the weights are the averaged ones."""

@@ -6,6 +6,7 @@ Source: arXiv 2603.22125 sec. 3.2. The embedder and the head, widened by zeros, 
 Writes an adapter file.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,10 +18,13 @@ from ... import checkpoints, flow, tiny
 from ... import sampling as sampler
 from ...adapter import EMBED, HEAD, PAPER_TARGETS, PREFIX, WIDENED, Adapter, Recommended, widen, zero_adapter
 from ...davae import DAVAE
+from ...embeddings import Embeddings
 from ...errors import DAVAEError
+from ...held_out import velocity_errors
 from ...images import tile
 from ...latent import LatentSpec
 from ...mmdit import MMDiT, MMDiTConfig
+from ...prompts import encode, source
 from ...text_encoder import TextEncoder
 from .. import pretrained
 from ..data.dataset import DataConfig
@@ -31,13 +35,10 @@ from ..objective import FlowConfig, noised
 from ..run.config import OptimiserConfig, RunConfig
 from ..run.launch import Images, launch
 from ..run.task import Batch, Losses, Phase
+from ..run.validation import SHEET_IMAGES, read_prompts
 from ..text.captions import thinned
-from ..text.embeddings import Embeddings
-from ..text.prompts import encode, source
-from . import lora, pieces
+from . import lora, pieces, sheets
 from .recompute import recompute
-
-SHEET_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,8 @@ class AdapterTask:
         check_settings(recipe)
         parts = parts or Parts.read(recipe)
         self.davae, self.text = parts.davae.requires_grad_(False), parts.text
+        if recipe.run.prompts is not None:  # a prompt without an embedding is found now and not at the first sheet
+            encode(self.text, [asked.prompt for asked in read_prompts(recipe.run.prompts)], torch.device("cpu"))
         self.model = AdaptedModel(
             parts.model,
             self.davae.latent,
@@ -287,6 +290,7 @@ class AdapterTask:
         latents: Encode = LatentCache(self.encode, recipe.keep_latents)
         if recipe.latents is not None:
             latents = load_latents(recipe.latents, recipe.autoencoder)
+        self.held_out = LatentCache(self.encode, keep=True)
         self.phases: dict[str, Phase] = {"adapter": AdapterPhase(self.model, recipe, self.text, latents)}
 
     def to(self, device: torch.device) -> None:
@@ -306,20 +310,38 @@ class AdapterTask:
         return pieces.decode(self.davae, self.davae.latent.denormalise(z).to(device)).float().to(z.device)
 
     def sheet(self, batch: Batch) -> torch.Tensor:
-        """Images, their reconstructions, samples for their captions; on the CPU, made one image after another."""
+        """Images, their reconstructions, samples for their captions, or samples for the run's own prompts.
+
+        On the CPU, made one image after another.
+        """
         x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
-        told = self.recipe.recommended
-        sampling = sampler.Sampling(told.shift, told.cfg, told.steps)
         rows: list[list[torch.Tensor]] = [[], [], []]
         with pieces.out_of_memory("to draw a sheet of samples", "--run.sample-every 0 draws one at the end alone"):
+            if "asked" in batch:
+                return sheets.drawn(batch["asked"], self.encode(x[:1]), self.drawn)
             for i, (image, caption) in enumerate(zip(x.split(1), captions)):
                 z = self.encode(image)
-                noise = sampler.initial_noise(0, [i], z.shape[1:]).to(x.device)
-                asked, empty = (encode(self.text, [text], x.device) for text in (caption, ""))
-                sample = sampler.sample_encoded(self.model, asked, empty, noise, sampling)
-                for row, picture in zip(rows, (image, self.decode(z), self.decode(sample))):
+                for row, picture in zip(rows, (image, self.decode(z), self.drawn(caption, i, z))):
                     row.append(picture.cpu())
         return tile([torch.cat(row) for row in rows])
+
+    def drawn(self, caption: str, seed: int, like: torch.Tensor) -> torch.Tensor:
+        """The image drawn for a caption, as large as that of the latent ``like [1, C + D, h, w]``."""
+        told, device = self.recipe.recommended, like.device
+        noise = sampler.initial_noise(0, [seed], like.shape[1:]).to(device)
+        sampling = sampler.Sampling(told.shift, told.cfg, told.steps)
+        asked, empty = (encode(self.text, [text], device) for text in (caption, ""))
+        return self.decode(sampler.sample_encoded(self.model, asked, empty, noise, sampling))
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Error of the velocity by noise level, of the base and of the detail channels."""
+
+        def predict(x: torch.Tensor, t: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+            return self.model(x, t, *encode(self.text, captions, x.device))
+
+        channels = self.davae.latent.base_channels
+        latents = ((self.held_out(batch["image"]), batch["caption"]) for batch in batches)
+        return velocity_errors(predict, latents, {"base": slice(channels), "detail": slice(channels, None)})
 
     def export(self, folder: Path) -> list[Path]:
         """The adapter in fp32."""

@@ -5,7 +5,7 @@
 Source: arXiv 2603.22125 sec. 3.1. Writes a DA-VAE file with the measured statistics of the detail channels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from ...autoencoder import AttnBlock, Autoencoder, Downsample, ResnetBlock, Upsa
 from ...bases import Base
 from ...davae import DAVAE, DAVAEConfig
 from ...errors import DAVAEError
+from ...held_out import flat, reconstruction_errors
 from ...images import tile
 from ...latent import LatentSpec
+from ...metrics import resize_bicubic
 from ...perceptual import PerceptualDistance
 from .. import pretrained
 from ..data.dataset import DataConfig
@@ -31,11 +33,10 @@ from ..objective import Reconstruction, ReconstructionConfig, sampled, start_cer
 from ..run.config import OptimiserConfig, RunConfig
 from ..run.launch import Images, launch
 from ..run.task import Batch, Losses, Phase
+from ..run.validation import SHEET_IMAGES
 from . import pieces
 from .critic import CriticConfig, CriticPhase, PatchCritic
 from .recompute import recompute
-
-SHEET_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,19 @@ class AutoencoderTask:
         yield F.interpolate(small, size=x.shape[-2:], mode="bicubic")
         for strength in (0.0, 1.0):
             yield pieces.decode(self.model, z, strength).float()
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """PSNR and perceptual distance of the DA-VAE, and beside it of the base VAE with bicubic enlargement."""
+        spec = self.model.latent
+
+        def reconstruct(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            z = pieces.encode(self.model, x)
+            small = self.model.decode_base(spec.split(z)[0]).float().clamp(-1, 1)
+            return {"davae": pieces.decode(self.model, z), "base_bicubic": resize_bicubic(small, spec.scale)}
+
+        distance = self.phase.losses.distance
+        images = (x for batch in batches for x in batch["image"].split(1))
+        return flat(reconstruction_errors(images, reconstruct, [distance] if distance else []))
 
     def export(self, folder: Path) -> list[Path]:
         """The DA-VAE in fp32, with the statistics of its detail channels."""

@@ -5,6 +5,7 @@
 Writes base_autoencoder.safetensors, scaled so that the latent has the spread that its family's normalisation expects.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from ... import bases, tiny
 from ...autoencoder import Autoencoder, AutoencoderConfig
 from ...checkpoints import files
+from ...held_out import flat, reconstruction_errors
 from ...images import tile
 from ..data.dataset import DataConfig
 from ..data.draws import Draws
@@ -20,6 +22,7 @@ from ..objective import Reconstruction, ReconstructionConfig, sampled, start_cer
 from ..run.config import OptimiserConfig, RunConfig
 from ..run.launch import Images, launch
 from ..run.task import Batch, Losses, Phase
+from ..run.validation import SHEET_IMAGES
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ class BaseAutoencoderTask:
             self.model.encoder.compile()
             self.model.decoder.compile()
         self.images = images
-        self.phases: dict[str, Phase] = {
-            "autoencoder": BaseAutoencoderPhase(self.model, recipe.losses, recipe.run.seed)
-        }
+        phase = BaseAutoencoderPhase(self.model, recipe.losses, recipe.run.seed)
+        self.distance = phase.losses.distance
+        self.phases: dict[str, Phase] = {"autoencoder": phase}
 
     def to(self, device: torch.device) -> None:
         """Move the model."""
@@ -73,10 +76,19 @@ class BaseAutoencoderTask:
 
     def sheet(self, batch: Batch) -> torch.Tensor:
         """Images above their reconstructions; on the CPU, made one image after another."""
-        x = batch["image"][:8].split(1)
+        x = batch["image"][:SHEET_IMAGES].split(1)
         return tile(
             [torch.cat(x).cpu(), torch.cat([self.model.decode(self.model.encode(one)).float().cpu() for one in x])]
         )
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """PSNR and, where the loss has one, perceptual distance of the reconstructions."""
+
+        def reconstruct(x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"base": self.model.decode(self.model.encode(x))}
+
+        images = (x for batch in batches for x in batch["image"].split(1))
+        return flat(reconstruction_errors(images, reconstruct, [self.distance] if self.distance else []))
 
     def export(self, folder: Path) -> list[Path]:
         """The autoencoder in fp32, with the name of its family."""

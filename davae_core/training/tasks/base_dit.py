@@ -5,6 +5,7 @@
 Writes a diffusion model that ComfyUI loads as an SD3.5 model, and the text encoder for it.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ... import bases, checkpoints, tiny
 from ... import sampling as sampler
 from ...checkpoints import files
 from ...errors import DAVAEError
+from ...held_out import velocity_errors
 from ...images import tile
 from ...mmdit import MMDiT, MMDiTConfig, sincos_grid
 from ...text_encoder import TextEncoder, TextEncoderConfig
@@ -27,9 +29,11 @@ from ..objective import FlowConfig, noised
 from ..run.config import OptimiserConfig, RunConfig
 from ..run.launch import Images, launch
 from ..run.task import Batch, Losses, Phase
+from ..run.validation import SHEET_IMAGES
 from ..text.captions import thinned, vocabulary
+from . import sheets
 
-SHEET_IMAGES, SHEET_STEPS = 8, 20
+SHEET_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class BaseDiTTask:
         if recipe.run.compile:
             self.model.compile()
         latents = LatentCache(self.encode, recipe.keep_latents)
+        self.held_out = LatentCache(self.encode, keep=True)
         self.phases: dict[str, Phase] = {
             "dit": BaseDiTPhase(self.model, self.text, latents, recipe.flow, recipe.run.seed)
         }
@@ -105,13 +110,28 @@ class BaseDiTTask:
         return (self.autoencoder.encode(x).float() - self.shift) * self.scale
 
     def sheet(self, batch: Batch) -> torch.Tensor:
-        """Images above samples with their captions."""
+        """Images above samples with their captions, or samples for the run's own prompts; one after another."""
         x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
-        noise = sampler.initial_noise(0, range(len(x)), self.encode(x[:1]).shape[1:]).to(x.device)
+        z = self.encode(x[:1])
+        if "asked" in batch:
+            return sheets.drawn(batch["asked"], z, self.drawn)
+        return tile([x.cpu(), torch.cat([self.drawn(caption, i, z).cpu() for i, caption in enumerate(captions)])])
+
+    def drawn(self, caption: str, seed: int, like: torch.Tensor) -> torch.Tensor:
+        """The image drawn for a caption, as large as that of the latent ``like [1, C, h, w]``."""
+        noise = sampler.initial_noise(0, [seed], like.shape[1:]).to(like.device)
         sampling = sampler.Sampling(self.recipe.flow.shift, self.recipe.cfg, SHEET_STEPS)
-        z = sampler.sample(self.model, self.text, captions, noise, sampling)
-        z = z / self.scale + self.shift
-        return tile([x.cpu(), torch.cat([self.autoencoder.decode(one).float().cpu() for one in z.split(1)])])
+        z = sampler.sample(self.model, self.text, [caption], noise, sampling)
+        return self.autoencoder.decode(z / self.scale + self.shift).float()
+
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Error of the velocity by noise level."""
+
+        def predict(x: torch.Tensor, t: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+            return self.model(x, t, *sampler.encode_captions(self.text, captions))
+
+        latents = ((self.held_out(batch["image"]), batch["caption"]) for batch in batches)
+        return velocity_errors(predict, latents, {"base": slice(None)})
 
     def export(self, folder: Path) -> list[Path]:
         """The diffusion model and the text encoder, fp32."""

@@ -19,9 +19,10 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from ... import records
+from ...embeddings import KIND, key_of
 from ...errors import DAVAEError
-from ..data import records, sources
-from .embeddings import KIND, key_of
+from ..data import sources
 from .encoders import Role, TextEncoders, load_clip, load_t5, weight_files
 from .tokens import Tokenizers
 

@@ -1,16 +1,15 @@
 """A tiny family with random weights, on disk and loaded: 64 px images, 32 px base images, 4 tokens."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-from davae_core import checkpoints, tiny
+from davae_core import checkpoints
 from davae_core.adapter import Recommended
 from davae_core.autoencoder import AutoencoderConfig
 from davae_core.checkpoints import files
-from davae_core.evaluation.family import FILES, Family, load_family
+from davae_core.evaluation.family import Family, FamilyFiles, load_family
 from davae_core.evaluation.references import References, load_references
 from davae_core.mmdit import MMDiTConfig
 from davae_core.text_encoder import TextEncoder, TextEncoderConfig
@@ -29,24 +28,32 @@ def untrained() -> Untrained:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four files in the sub-folders that the pack has."""
-    where = tmp_path_factory.mktemp("family")
+def where(tmp_path_factory: pytest.TempPathFactory) -> FamilyFiles:
+    """The four files, under names and in places of their own."""
+    root = tmp_path_factory.mktemp("family")
+    (root / "deep").mkdir()
+    where = FamilyFiles(root / "m.safetensors", root / "deep" / "v.safetensors", root / "a.safetensors", root / "t.sft")
     torch.manual_seed(5)
     model = UNTRAINED.model
     text = TextEncoder(TextEncoderConfig(UNTRAINED.words, context=model.context, pooled=model.pooled))
-    for kind in FILES.values():
-        (where / kind).mkdir()
-    files.save(where / "diffusion_models" / tiny.MODEL, UNTRAINED.diffusion_model().state_dict(), {})
-    checkpoints.save_text_encoder(where / "text_encoders" / tiny.TEXT_ENCODER, text)
-    checkpoints.save_autoencoder(where / "vae" / tiny.AUTOENCODER, UNTRAINED.davae())
-    checkpoints.save_adapter(where / "loras" / tiny.ADAPTER, UNTRAINED.adapter())
+    files.save(where.model, UNTRAINED.diffusion_model().state_dict(), {})
+    checkpoints.save_text_encoder(root / "t.sft", text)
+    checkpoints.save_autoencoder(where.autoencoder, UNTRAINED.davae())
+    checkpoints.save_adapter(where.adapter, UNTRAINED.adapter())
     return where
 
 
 @pytest.fixture(scope="session")
-def family(folder: Path) -> Family:
-    return load_family(folder)
+def options(where: FamilyFiles) -> list[str]:
+    """The family as a command line names it."""
+    told = {"--model": where.model, "--autoencoder": where.autoencoder, "--adapter": where.adapter}
+    told["--text-encoder"] = where.text_encoder or where.model
+    return [word for option, path in told.items() for word in (option, str(path))]
+
+
+@pytest.fixture(scope="session")
+def family(where: FamilyFiles) -> Family:
+    return load_family(where)
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,22 @@
-"""Loading a tiny family, and drawing with it."""
+"""Loading a family, and drawing with it."""
 
 import shutil
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from davae_core import checkpoints, sampling, tiny
+from davae_core import checkpoints, records, sampling
 from davae_core.adapter import Adapter, Recommended, merge
 from davae_core.checkpoints import files
 from davae_core.davae import DAVAE, DAVAEConfig
+from davae_core.embeddings import KIND, key_of
 from davae_core.errors import CheckpointError, DAVAEError
+from davae_core.evaluation import family as families
 from davae_core.evaluation import generate
-from davae_core.evaluation.family import FILES, Family, find_files, hashes, load_family
+from davae_core.evaluation.family import Family, FamilyFiles, load_family
 from davae_core.evaluation.generate import Prompt
 from davae_core.sampling import Sampling
 from davae_core.text_encoder import TextEncoder, TextEncoderConfig
@@ -24,28 +27,56 @@ QUICK = Sampling(shift=2.0, cfg=2.0, steps=2)
 
 
 @pytest.fixture
-def flat_folder(folder: Path, tmp_path: Path) -> Path:
-    """The four files all in one place, and nothing else."""
-    for name, path in find_files(folder).items():
-        shutil.copy(path, tmp_path / name)
-    return tmp_path
+def copies(where: FamilyFiles, tmp_path: Path) -> FamilyFiles:
+    """The files once more, to be changed."""
+    assert where.text_encoder is not None
+    named = {"model": where.model, "autoencoder": where.autoencoder, "adapter": where.adapter}
+    named["text_encoder"] = where.text_encoder
+    return FamilyFiles(**{role: Path(shutil.copy(path, tmp_path / path.name)) for role, path in named.items()})
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def test_files_are_found_in_sub_folders_and_in_one_place(folder: Path, flat_folder: Path) -> None:
-    assert {name: path.parent.name for name, path in find_files(folder).items()} == FILES
-    assert {path.parent for path in find_files(flat_folder).values()} == {flat_folder}
-    assert hashes(find_files(folder)) == hashes(find_files(flat_folder))
+def test_a_command_line_names_any_files_and_the_rest_is_the_tiny_family(where: FamilyFiles, options: list[str]) -> None:
+    parser = ArgumentParser()
+    families.add_arguments(parser)
+    assert families.files_of(parser.parse_args(options)) == where
+    assert families.files_of(parser.parse_args([])) == FamilyFiles()
+    some = families.files_of(parser.parse_args(["--adapter", "a", "--embeddings", "e"]))
+    assert some == FamilyFiles(adapter=Path("a"), text_encoder=None, embeddings=Path("e"))
+    with pytest.raises(DAVAEError, match="--text-encoder or --embeddings, not both"):
+        families.files_of(parser.parse_args(["--text-encoder", "t", "--embeddings", "e"]))
 
 
-def test_every_missing_file_is_named(flat_folder: Path) -> None:
-    (flat_folder / tiny.MODEL).unlink()
-    (flat_folder / tiny.ADAPTER).unlink()
-    with pytest.raises(DAVAEError, match=rf"{tiny.MODEL}, {tiny.ADAPTER} are not in .*--folder"):
-        load_family(flat_folder)
-    assert list(find_files(flat_folder, (tiny.AUTOENCODER,))) == [tiny.AUTOENCODER]
+def test_a_missing_file_is_named(copies: FamilyFiles) -> None:
+    for role in ("model", "autoencoder", "adapter", "text_encoder"):
+        with pytest.raises(DAVAEError, match=f"gone-{role}"):
+            load_family(replace(copies, **{role: Path(f"gone-{role}.safetensors")}))
+
+
+def test_a_whole_checkpoint_serves_as_the_model(copies: FamilyFiles, family: Family) -> None:
+    state, _ = files.read(copies.model)
+    vae = {f"first_stage_model.{name}": tensor for name, tensor in files.read(copies.autoencoder)[0].items()}
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()} | vae
+    files.save(copies.model, whole, {})
+    read = load_family(copies)
+    assert all(torch.equal(t, family.adapted.state_dict()[name]) for name, t in read.adapted.state_dict().items())
+
+
+def test_embeddings_draw_what_the_text_encoder_draws(where: FamilyFiles, family: Family, tmp_path: Path) -> None:
+    made: dict[str, records.Record] = {}
+    for caption in ["", *(prompt.caption for prompt in PROMPTS)]:
+        context, pooled = (tensor[0] for tensor in sampling.encode_captions(family.text, [caption]))  # type: ignore
+        made[key_of(caption)] = {"clip": context[:3], "t5": context[3:], "pooled": pooled}
+    about = {"context": 32, "pooled": 16}
+    records.write(tmp_path, 0, made, KIND, about)
+    records.finish(tmp_path, KIND, about)
+    read = load_family(replace(where, text_encoder=None, embeddings=tmp_path))
+    x = generate.adapted_latents(read, PROMPTS, 0, QUICK)
+    assert torch.allclose(x, generate.adapted_latents(family, PROMPTS, 0, QUICK), atol=1e-4)
+    with pytest.raises(DAVAEError, match="no embedding of the caption 'a fish'"):
+        generate.adapted_latents(read, [Prompt(0, "a fish")], 0, QUICK)
 
 
 def test_the_adapted_model_is_the_base_model_with_the_adapter_merged(family: Family, untrained: Untrained) -> None:
@@ -56,11 +87,13 @@ def test_the_adapted_model_is_the_base_model_with_the_adapter_merged(family: Fam
         assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
-def test_half_precision_files_are_computed_with_in_full_precision(flat_folder: Path, family: Family) -> None:
-    for name in FILES:
-        state, info = files.read(flat_folder / name)
-        files.save(flat_folder / name, {key: tensor.half() for key, tensor in state.items()}, info)
-    read = load_family(flat_folder)
+def test_half_precision_files_are_computed_with_in_full_precision(copies: FamilyFiles, family: Family) -> None:
+    for path in (copies.model, copies.autoencoder, copies.adapter, copies.text_encoder):
+        assert path is not None
+        state, info = files.read(path)
+        files.save(path, {key: tensor.half() for key, tensor in state.items()}, info)
+    read = load_family(copies)
+    assert isinstance(read.text, TextEncoder)
     for model in (read.base, read.adapted, read.text, read.davae):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -68,33 +101,33 @@ def test_half_precision_files_are_computed_with_in_full_precision(flat_folder: P
     assert torch.allclose(made, generate.adapted_images(family, PROMPTS, 0, QUICK), atol=0.05)
 
 
-def test_a_file_of_another_kind_is_named(flat_folder: Path) -> None:
-    shutil.copy(flat_folder / tiny.AUTOENCODER, flat_folder / tiny.MODEL)
-    with pytest.raises(CheckpointError, match=f"{tiny.MODEL}: not an SD3"):
-        load_family(flat_folder)
-    shutil.copy(flat_folder / tiny.TEXT_ENCODER, flat_folder / tiny.ADAPTER)
+def test_a_file_of_another_kind_is_named(copies: FamilyFiles) -> None:
+    shutil.copy(copies.autoencoder, copies.model)
+    with pytest.raises(CheckpointError, match=f"{copies.model.name} is a DA-VAE autoencoder; give an unadapted SD3"):
+        load_family(copies)
+    shutil.copy(str(copies.text_encoder), copies.adapter)
     with pytest.raises(CheckpointError, match="is the text encoder of the tiny model; choose a DA-VAE adapter"):
-        load_family(flat_folder)
+        load_family(copies)
 
 
-def test_a_model_that_lacks_a_tensor_is_named(flat_folder: Path) -> None:
-    state, info = files.read(flat_folder / tiny.MODEL)
+def test_a_model_that_lacks_a_tensor_is_named(copies: FamilyFiles) -> None:
+    state, info = files.read(copies.model)
     del state["t_embedder.mlp.0.weight"]
-    files.save(flat_folder / tiny.MODEL, state, info)
-    with pytest.raises(CheckpointError, match=rf"{tiny.MODEL} .*t_embedder\.mlp\.0\.weight"):
-        load_family(flat_folder)
+    files.save(copies.model, state, info)
+    with pytest.raises(CheckpointError, match=rf"{copies.model.name} .*t_embedder\.mlp\.0\.weight"):
+        load_family(copies)
 
 
-def test_files_that_do_not_belong_together_are_refused(flat_folder: Path, untrained: Untrained) -> None:
+def test_files_that_do_not_belong_together_are_refused(copies: FamilyFiles, untrained: Untrained) -> None:
     words = TextEncoderConfig(untrained.words, context=untrained.model.context + 1, pooled=untrained.model.pooled)
-    checkpoints.save_text_encoder(flat_folder / tiny.TEXT_ENCODER, TextEncoder(words))
+    checkpoints.save_text_encoder(str(copies.text_encoder), TextEncoder(words))
     with pytest.raises(DAVAEError, match=r"reads text of width 32 and 16 \(pooled\).* gives 33 and 16"):
-        load_family(flat_folder)
+        load_family(copies)
     latent = replace(untrained.latent, detail_channels=32, detail_mean=(), detail_std=())
     davae = DAVAE(DAVAEConfig(untrained.base, latent, base_decoder=True))
-    checkpoints.save_autoencoder(flat_folder / tiny.AUTOENCODER, davae)
+    checkpoints.save_autoencoder(copies.autoencoder, davae)
     with pytest.raises(DAVAEError, match=r"for latents of 32 channels at 1/16.* makes 48 channels at 1/16"):
-        load_family(flat_folder)
+        load_family(copies)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -128,11 +161,11 @@ def test_a_caption_changes_the_picture(family: Family) -> None:
 
 
 def test_with_the_adapter_of_step_zero_the_base_channels_are_the_base_models(
-    flat_folder: Path, untrained: Untrained
+    copies: FamilyFiles, untrained: Untrained
 ) -> None:
     adapter = untrained.adapter(zero=True)
-    checkpoints.save_adapter(flat_folder / tiny.ADAPTER, adapter)
-    family = load_family(flat_folder)
+    checkpoints.save_adapter(copies.adapter, adapter)
+    family = load_family(copies)
     adapted = generate.adapted_latents(family, PROMPTS, 0, QUICK)
     base = generate.base_latents(family, PROMPTS, 0, QUICK)
     assert torch.allclose(family.latent.split(adapted)[0], base, atol=1e-4)
@@ -181,10 +214,10 @@ def test_batches_leave_nothing_out() -> None:
     assert list(generate.batches([], 2)) == []
 
 
-def test_an_adapter_with_statistics_of_its_own_is_followed(flat_folder: Path, untrained: Untrained) -> None:
+def test_an_adapter_with_statistics_of_its_own_is_followed(copies: FamilyFiles, untrained: Untrained) -> None:
     adapter = untrained.adapter()
     latent = replace(adapter.config.latent, detail_mean=(5.0,) * 16, detail_std=(1.0,) * 16)
-    before = generate.adapted_latents(load_family(flat_folder), PROMPTS, 0, QUICK)
-    checkpoints.save_adapter(flat_folder / tiny.ADAPTER, Adapter(replace(adapter.config, latent=latent), adapter.state))
-    after = generate.adapted_latents(load_family(flat_folder), PROMPTS, 0, QUICK)
+    before = generate.adapted_latents(load_family(copies), PROMPTS, 0, QUICK)
+    checkpoints.save_adapter(copies.adapter, Adapter(replace(adapter.config, latent=latent), adapter.state))
+    after = generate.adapted_latents(load_family(copies), PROMPTS, 0, QUICK)
     assert torch.allclose(latent.normalise(after), untrained.latent.normalise(before), atol=1e-4)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from davae_core import command, tiny
+from davae_core import command, images
 from davae_core.errors import DAVAEError
 from davae_core.evaluation import figures, recall
 from davae_core.evaluation.figures import Bound
@@ -122,10 +122,10 @@ def test_each_model_has_the_four_bounds_of_the_parts_that_were_drawn(few: Callab
     assert [bound.name for bound in only] == ["base, training: top-1", "base, training: top-5"]
 
 
-def test_the_command_writes_figures_settings_and_versions(folder: Path, tmp_path: Path) -> None:
+def test_the_command_writes_figures_settings_and_versions(options: list[str], tmp_path: Path) -> None:
     out, sheet = tmp_path / "recall.json", tmp_path / "sheet.jpg"
-    options = ["--captions", "3", "--held-out", "2", "--steps", "1", "--batch", "2", "--seed", "4"]
-    recall.main(["--folder", str(folder), "--json", str(out), "--sheet", str(sheet), *options])
+    more = ["--captions", "3", "--held-out", "2", "--steps", "1", "--batch", "2", "--seed", "4"]
+    recall.main([*options, "--json", str(out), "--sheet", str(sheet), *more])
     told = json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert told["command"] == "recall"
     assert told["settings"] == {
@@ -146,21 +146,21 @@ def test_the_command_writes_figures_settings_and_versions(folder: Path, tmp_path
         assert sum(style["count"] for style in model["held_out"]["by_style"].values()) == 2
     assert len(told["bounds"]) == 8 and told["passed"] == all(bound["passed"] for bound in told["bounds"])
     assert told["versions"]["torch"] == torch.__version__
-    assert told["weights"].keys() == {tiny.MODEL, tiny.TEXT_ENCODER, tiny.AUTOENCODER, tiny.ADAPTER}
+    assert told["weights"].keys() == {"model", "text_encoder", "autoencoder", "adapter"}
     assert told["seconds"] > 0
     assert Image.open(sheet).size == (5 * 64, 2 * 64)
     assert Image.open(tmp_path / "sheet-base.jpg").size == (5 * 32, 2 * 32)
 
 
-def test_the_same_seed_gives_the_same_figures_whatever_the_batch(folder: Path) -> None:
-    options = ["--folder", str(folder), "--captions", "4", "--held-out", "2", "--steps", "1", "--models", "adapted"]
+def test_the_same_seed_gives_the_same_figures_whatever_the_batch(options: list[str]) -> None:
+    options = [*options, "--captions", "4", "--held-out", "2", "--steps", "1", "--models", "adapted"]
     first, second = (recall.main([*options, "--batch", batch])["models"]["adapted"] for batch in ("1", "6"))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
-def test_nothing_drawn_of_a_part_makes_no_figures_and_no_bounds(folder: Path, tmp_path: Path) -> None:
-    options = ["--captions", "1", "--held-out", "0", "--steps", "1", "--models", "base", "--json", str(tmp_path / "f")]
-    recall.main(["--folder", str(folder), *options])
+def test_nothing_drawn_of_a_part_makes_no_figures_and_no_bounds(options: list[str], tmp_path: Path) -> None:
+    more = ["--captions", "1", "--held-out", "0", "--steps", "1", "--models", "base", "--json", str(tmp_path / "f")]
+    recall.main([*options, *more])
     told = json.loads((tmp_path / "f").read_text())
     assert told["models"]["base"]["held_out"] == {
         "count": 0,
@@ -175,8 +175,8 @@ def test_nothing_drawn_of_a_part_makes_no_figures_and_no_bounds(folder: Path, tm
 
 def test_missing_weights_end_the_command_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command.run(lambda: recall.main(["--folder", str(tmp_path)]))
-    assert re.search(rf"error: {tiny.MODEL}, .* are not in .*--folder", capsys.readouterr().err)
+        command.run(lambda: recall.main(["--model", str(tmp_path / "gone.safetensors")]))
+    assert re.search(r"error: .*gone\.safetensors", capsys.readouterr().err)
     with pytest.raises(SystemExit) as ended:
         recall.main(["--every", "0"])
     assert ended.value.code == 2 and "at least 1, got '0'" in capsys.readouterr().err
@@ -185,3 +185,11 @@ def test_missing_weights_end_the_command_with_a_message(tmp_path: Path, capsys: 
 def test_a_device_that_is_not_there_is_named() -> None:
     with pytest.raises(DAVAEError, match="cannot compute on the device 'abacus'"):
         figures.device("abacus")
+
+
+def test_any_folder_of_captioned_pictures_gives_the_references(options: list[str], tmp_path: Path) -> None:
+    for i, caption in enumerate(CAPTIONS):
+        images.save_image(tmp_path / f"{i}.png", torch.rand(3, 64, 48) * 2 - 1)
+        (tmp_path / f"{i}.txt").write_text(caption)
+    told = recall.main([*options, "--images", str(tmp_path), "--every", "1", "--steps", "1", "--models", "adapted"])
+    assert told["references"] == {"count": 6, "size": 32} and told["models"]["adapted"]["training"]["count"] == 6

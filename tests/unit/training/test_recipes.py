@@ -7,18 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from davae_core import checkpoints, sampling
+from davae_core import checkpoints, records, sampling
+from davae_core.embeddings import KIND, key_of
 from davae_core.errors import DAVAEError
 from davae_core.latent import LatentSpec
 from davae_core.training import recipes
 from davae_core.training import stages as entry
-from davae_core.training.data import records
 from davae_core.training.recipes.sd3_vae import SD3_VAE_F16
 from davae_core.training.recipes.sd35m import SD35M_1024, SD35M_2048
 from davae_core.training.run import config
 from davae_core.training.tasks import adapter
 from davae_core.training.tasks.adapter import AdaptedModel
-from davae_core.training.text.embeddings import KIND, key_of
 from davae_core.training.text.encode import captions_in
 
 

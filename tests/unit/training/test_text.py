@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from davae_core import records
 from davae_core.checkpoints import files
+from davae_core.embeddings import KIND, load_embeddings
 from davae_core.errors import CheckpointError, DAVAEError
-from davae_core.training.data import records
 from davae_core.training.text import encode as command
 from davae_core.training.text import encoders as text_encoders
-from davae_core.training.text.embeddings import KIND, load_embeddings
 from davae_core.training.text.encode import TextConfig, captions_in, encode_all
 from davae_core.training.text.encoders import Encoded, TextEncoders, load_clip, load_t5, read_state
 from davae_core.training.text.tokens import Tokenizers, as_prompt, chunks

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ... import atomic
-from ...checkpoints import files, foreign_json
-from ...errors import CheckpointError, DAVAEError
+from . import atomic
+from .checkpoints import files, foreign_json
+from .errors import CheckpointError, DAVAEError
 
 INDEX = "index.json"
 FORMAT = 1

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..errors import LatentError
+from .errors import LatentError
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _CHUNK = 4096
 
 
@@ -21,33 +20,6 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         raise LatentError(f"PSNR compares images of one shape; given {[*a.shape]} and {[*b.shape]}")
     error = (a.float() - b.float()).square().mean((1, 2, 3))
     return 10 * torch.log10(4 / error)
-
-
-def high_frequency_energy(x: torch.Tensor, cutoff: float = 0.5) -> torch.Tensor:
-    """Mean square, per pixel, of what the luma holds above a radial frequency, ``[B]``.
-
-    The luma's mean is removed and a Hann window of mean square 1 laid over it, so that opposite borders that differ do
-    not count as detail; noise keeps its energy, and a wave of amplitude A above the cutoff has A^2 / 2.
-
-    Args:
-        x: images ``[B, 3, H, W]`` in [-1, 1].
-        cutoff: as a fraction of the Nyquist frequency, 0.5 cycles per pixel along either axis; the corners of the
-            spectrum lie at the square root of 2.
-    """
-    height, width = x.shape[2:]
-    luma = torch.einsum("bchw,c->bhw", x.double(), x.new_tensor(_LUMA, dtype=torch.float64))
-    luma = luma - luma.mean((1, 2), keepdim=True)
-    window = _hann(height, luma)[:, None] * _hann(width, luma)
-    power = torch.fft.fft2(luma * window, norm="forward").abs().square()  # sums to the mean square
-    y, x_ = (2 * torch.fft.fftfreq(n, dtype=luma.dtype, device=luma.device) for n in (height, width))
-    above = torch.hypot(y[:, None], x_) >= cutoff
-    return (power * above).sum((1, 2)).float()
-
-
-def _hann(length: int, like: torch.Tensor) -> torch.Tensor:
-    """A periodic Hann window with mean square 1."""
-    window = torch.hann_window(length, dtype=like.dtype, device=like.device)
-    return window / window.square().mean().sqrt()
 
 
 def resize_bicubic(x: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,15 +1,15 @@
-"""What the captions of a training become: by the tiny model's text encoder, or out of embeddings that lie ready."""
+"""What captions become: by the tiny model's text encoder, or out of embeddings that lie ready."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ... import checkpoints
-from ...errors import DAVAEError
-from ...sampling import encode_captions
-from ...text_encoder import TextEncoder
+from . import checkpoints
 from .embeddings import Embeddings, Encoded, load_embeddings
+from .errors import DAVAEError
+from .sampling import encode_captions
+from .text_encoder import TextEncoder
 
 
 def source(text_encoder: Path | None, embeddings: Path | None) -> TextEncoder | Embeddings:

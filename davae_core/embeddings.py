@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from ...errors import DAVAEError
-from ..data.records import RecordSet
+from .errors import DAVAEError
+from .records import RecordSet
 
 KIND, MAKER = "text_embeddings", "python -m davae_core.training text"
 PARTS = ("clip", "t5", "pooled")
