@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .errors import LatentError
 
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _CHUNK = 4096
 
 
@@ -20,6 +21,11 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         raise LatentError(f"PSNR compares images of one shape; given {[*a.shape]} and {[*b.shape]}")
     error = (a.float() - b.float()).square().mean((1, 2, 3))
     return 10 * torch.log10(4 / error)
+
+
+def luma(x: torch.Tensor) -> torch.Tensor:
+    """Grey ``[B, 1, H, W]`` of images ``[B, 3, H, W]``, in the same range, float32."""
+    return torch.einsum("bchw,c->bhw", x.float(), x.new_tensor(_LUMA, dtype=torch.float32))[:, None]
 
 
 def resize_bicubic(x: torch.Tensor, scale: float) -> torch.Tensor:
