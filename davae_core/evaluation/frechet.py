@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of pictures, on features of ST-LPIPS's VGG-16. It is no FID and never to be called so.
+"""Frechet distance between two sets of pictures, on features of the VGG-16 of ST-LPIPS. Never to be reported as FID.
 
 A set is described by mean and covariance of 512 features per picture, in float64. With few pictures the distance is
 biased upwards: compare figures of equal counts only.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from davae_core import bases, checkpoints
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.latent import LatentSpec
-from davae_core.training.tasks.autoencoder import on_base
+from davae_core.training.tasks.begin import on_base
 from harness.layouts import DETAIL, LAYOUTS, random_vae
 
 CASES = [(layout, scale) for layout in LAYOUTS for scale in (2, 4)]

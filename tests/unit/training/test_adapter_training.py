@@ -14,7 +14,7 @@ from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.training.data.draws import Draws
 from davae_core.training.objective import FlowConfig, noised
 from davae_core.training.run import state
-from davae_core.training.tasks.adapter import AdaptedModel
+from davae_core.training.tasks.adapted import AdaptedModel
 from davae_core.training.text.captions import thinned, vocabulary
 
 ALL = tuple(LORA_MODULES)

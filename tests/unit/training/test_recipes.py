@@ -16,8 +16,9 @@ from davae_core.training import stages as entry
 from davae_core.training.recipes.sd3_vae import SD3_VAE_F16
 from davae_core.training.recipes.sd35m import SD35M_1024, SD35M_2048
 from davae_core.training.run import config
-from davae_core.training.tasks import adapter
-from davae_core.training.tasks.adapter import AdaptedModel
+from davae_core.training.tasks import adapted
+from davae_core.training.tasks.adapted import AdaptedModel
+from davae_core.training.tasks.adapter import AdapterRecipe
 from davae_core.training.text.encode import captions_in
 
 
@@ -27,7 +28,7 @@ def test_every_recipe_has_its_name_on_the_command_line() -> None:
 
 
 @pytest.mark.parametrize("recipe", [SD35M_1024, SD35M_2048])
-def test_the_published_figures_of_stage_two(recipe: adapter.AdapterRecipe) -> None:
+def test_the_published_figures_of_stage_two(recipe: AdapterRecipe) -> None:
     assert (recipe.run.batch, recipe.rank, recipe.flow.shift, recipe.flow.min_snr) == (96, 256, 4.0, 5.0)
     assert (recipe.optimiser.lr, recipe.optimiser.weight_decay, recipe.optimiser.ema) == (1e-4, 0.0, 0.999)
     assert (recipe.optimiser.betas, recipe.optimiser.clip) == ((0.9, 0.999), 0.5)
@@ -91,9 +92,9 @@ def test_an_adapter_of_another_shape_or_latent_is_no_start(
 def test_units_are_the_same_whether_told_once_or_for_each_channel() -> None:
     told = LatentSpec(detail_std=(2.0,) * 16)
     each = replace(told, base_shift=(told.base_shift,) * 16, base_scale=(told.base_scale,) * 16)
-    assert adapter.units(each) == adapter.units(told)
-    assert adapter.units(replace(each, base_shift=(0.0,) * 16)) != adapter.units(told)
-    assert len(adapter.units(told)) == 2 * 32
+    assert adapted.units(each) == adapted.units(told)
+    assert adapted.units(replace(each, base_shift=(0.0,) * 16)) != adapted.units(told)
+    assert len(adapted.units(told)) == 2 * 32
 
 
 @pytest.fixture
