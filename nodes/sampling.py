@@ -2,7 +2,6 @@
 
 from comfy_api.latest import io
 
-from ..davae_core import checkpoints
 from . import comfy_bridge
 from .detail import EmptyLatent, Latent
 from .loaders import CATEGORY
@@ -28,8 +27,8 @@ class AdaptedSampler(io.ComfyNode):
                     "adapter_name",
                     options=[NO_ADAPTER, *comfy_bridge.file_names("loras")],
                     default=NO_ADAPTER,
-                    tooltip="A DA-VAE adapter file to apply to the MODEL at full strength. It is applied anew at each "
-                    "run; a DA-VAE Adapter node does it once.",
+                    tooltip="A DA-VAE adapter file to apply to the MODEL at full strength. It is applied once and kept "
+                    "with the MODEL, as a DA-VAE Adapter node does.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the image should show."),
                 io.Conditioning.Input("negative", tooltip="What it should not."),
@@ -127,8 +126,7 @@ class AdaptedSampler(io.ComfyNode):
         latent: Latent | None = None,
     ) -> io.NodeOutput:
         if adapter_name != NO_ADAPTER:
-            adapter = checkpoints.load_adapter(comfy_bridge.require_file("loras", adapter_name))
-            model = comfy_bridge.apply_adapter(model, adapter, 1.0, adapter_name)
+            model = comfy_bridge.adapted(model, adapter_name)
         spec = comfy_bridge.latent_spec(model, ", or choose an adapter file in this node")
         if latent is None:
             latent = EmptyLatent.empty(width, height, 1, spec)

@@ -4,6 +4,7 @@ from comfy.model_patcher import ModelPatcher
 
 from .autoencoder import AutoencoderHandle, load_autoencoder
 from .folders import check_file, file_names, file_stamp, register_folders, require_file
+from .kept import adapted
 from .latent_format import require_channels
 from .masking import keep_base
 from .merged import load_merged
@@ -16,6 +17,7 @@ __all__ = [
     "AutoencoderHandle",
     "ModelPatcher",
     "Settings",
+    "adapted",
     "apply_adapter",
     "check_file",
     "empty",

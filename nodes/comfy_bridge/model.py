@@ -10,6 +10,7 @@ from ...davae_core.adapter import Recommended
 from ...davae_core.errors import DAVAEError, LatentError
 from ...davae_core.history import History
 from ...davae_core.latent import LatentSpec
+from . import bypass
 from .finite import note_nan
 from .history import note_sampled
 from .latent_format import latent_format, require_channels
@@ -34,6 +35,9 @@ class AdaptedSD3(comfy.model_base.SD3):
         if noise is not None:
             check_latent(self, noise.shape)
             check_area(noise.shape, kwargs.get("area"))
+        patcher = getattr(self, "current_patcher", None)  # the one that is sampled with
+        if patcher is not None:
+            bypass.require_fitting(patcher)
         check_conditioning(self, kwargs.get("cross_attn"), kwargs.get("pooled_output"))
         if kwargs.get("control") is not None:
             raise DAVAEError(

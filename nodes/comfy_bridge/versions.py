@@ -1,6 +1,7 @@
 """Differences between the ComfyUI versions this pack runs on, 0.3.75 to 0.33.0."""
 
 import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -67,10 +68,11 @@ def stored(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unload(patcher: ModelPatcher) -> None:
-    """Take a model's LoRA out of its weights and its weights off the GPU, as ComfyUI does when it needs the memory."""
+    """Take a model's LoRA out of its weights and its weights off every GPU, as ComfyUI does when memory is short."""
     management = comfy.model_management
     if hasattr(management, "unload_model_and_clones"):
-        management.unload_model_and_clones(patcher)
+        asked = inspect.signature(management.unload_model_and_clones).parameters
+        management.unload_model_and_clones(patcher, **({"all_devices": True} if "all_devices" in asked else {}))
         return
     for loaded in [entry for entry in management.current_loaded_models if patcher.is_clone(entry.model)]:
         loaded.model_unload()

@@ -23,6 +23,7 @@ MODEL, INNER, CONFIG = "MODEL", "MODEL.model", "MODEL.model.model_config"
 ANNOTATIONS = {"comfy.model_patcher.ModelPatcher": MODEL, "comfy.model_base.BaseModel": INNER}
 OBJECTS = {
     "autoencoder.py": {"self.patcher": MODEL},
+    "carried.py": {"self.base": MODEL, "self.patcher": MODEL, "source": MODEL, "patcher": MODEL},
     "merged.py": {"config": CONFIG, "model": INNER},
     "rebuild.py": {"self.base": MODEL, "patcher": MODEL, "model": INNER, "config": CONFIG},
     "versions.py": {"loaded": "comfy.model_management.LoadedModel"},
