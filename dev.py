@@ -87,7 +87,7 @@ def workers(python: Path, arguments: list[str]) -> list[str]:
     if subprocess.run([str(python), "-c", "import xdist"], capture_output=True).returncode:
         say(f"{python} has no pytest-xdist: the tests run in one process")
         return []
-    return ["--numprocesses", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    return ["--numprocesses", "2", "--dist", "loadscope", "--no-loadscope-reorder"]
 
 
 def ui(options: argparse.Namespace) -> int:

@@ -10,13 +10,25 @@ A test is also run where its name or a `-m` asks for it.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
-# Fixtures that take seconds to make, and are made once in each worker that needs them: the tests of one stay together.
-# The longest first, so that no worker has it left at the end.
-SHARED = ("stages", "server", "comfy")
-PRECISION = "DAVAE_TEST_PRECISION"
+from . import precision
+
+# Files that share what takes seconds to make (trained toys, a server, a ComfyUI in the process), so that one worker
+# makes it. The longest first: no worker has one left when the others are done.
+SHARED = {
+    "training": ("tests/unit/training/",),
+    "server": (
+        "tests/server/test_workflows.py",
+        "tests/server/test_languages.py",
+        "tests/server/test_pack.py",
+        "tests/harness/test_server.py",
+    ),
+    "sd35": ("tests/server/test_sd35_workflows.py",),
+    "comfy": ("tests/graph/", "tests/harness/test_headless.py", "tests/harness/test_workflow.py"),
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,46 +38,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--precision",
         choices=("bf16", "fp32"),
-        default=os.environ.get(PRECISION),
-        help=f"what `precision auto` of a training means on this CPU (default: {PRECISION}, else as the CPU is)",
+        default=os.environ.get(precision.VARIABLE),
+        help=f"what `precision auto` of a training means on this CPU (default: {precision.VARIABLE}, else as the CPU is)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Makes this process and those that tests start compute in the precision asked for."""
-    if precision := config.getoption("--precision"):
-        os.environ[PRECISION] = precision
-        force_precision()
+    if chosen := config.getoption("--precision"):
+        os.environ[precision.VARIABLE] = chosen
+        precision.force()
 
 
-def force_precision() -> None:
-    """Makes torch take this CPU for one with AMX, or without, where DAVAE_TEST_PRECISION says so."""
-    if precision := os.environ.get(PRECISION):
-        import torch
-
-        torch.cpu._is_amx_tile_supported = lambda: precision == "bf16"
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what is slow, and sorts the rest by what it shares."""
     chosen = config.getoption("--all") or config.getoption("-m") or any("::" in argument for argument in config.args)
     if not chosen:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(shared(item)))
-    items.sort(key=lambda item: rank(shared(item)))
+    order = [*SHARED]
+    items.sort(key=lambda item: order.index(group) if (group := shared(item.nodeid)) in SHARED else len(order))
 
 
-def rank(group: str) -> int:
-    """The place of a group in the order of the run."""
-    return SHARED.index(group) if group in SHARED else len(SHARED)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps together in a worker what shares something; the marks of `--dist loadgroup` do nothing in pytest 9.2."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shared(nodeid)
+
+    return Together(config, log)
 
 
-def shared(item: pytest.Item) -> str:
-    """The name of the tests that stay together with this one: of a shared fixture, or of a file."""
-    definitions = getattr(item, "_fixtureinfo", None)
-    found = definitions.name2fixturedefs if definitions else {}
-    session = {name for name in SHARED if name in found and found[name][-1].scope == "session"}
-    return next((name for name in SHARED if name in session), item.nodeid.partition("::")[0])
+def shared(nodeid: str) -> str:
+    """The name of the tests that stay together with this one: a key of SHARED, or its file."""
+    file = nodeid.partition("::")[0]
+    return next((name for name, starts in SHARED.items() if file.startswith(starts)), file)

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import precision
 from .locate import REPOSITORY
 
 COMPANY = [
@@ -120,8 +121,5 @@ def _become(
     os.chdir(folder)
     sys.path.insert(0, str(REPOSITORY))
     sys.argv = [module, *arguments]
-    if "DAVAE_TEST_PRECISION" in variables:
-        from . import suite
-
-        suite.force_precision()
+    precision.force()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
