@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--precision",
         choices=("bf16", "fp32"),
         default=os.environ.get(precision.VARIABLE),
-        help=f"what `precision auto` of a training means on this CPU (default: {precision.VARIABLE}, else as the CPU is)",
+        help=f"what `precision auto` means on this CPU (default: {precision.VARIABLE}, else what the CPU can)",
     )
 
 
