@@ -95,8 +95,8 @@ class AdapterConfig:
             CheckpointError: the tensors of an adapter are not there.
         """
         try:
-            hidden, detail, patch, across = dims(state, f"{PREFIX}{EMBED}detail.weight", 4)
-            rows, columns = dims(state, f"{PREFIX}{HEAD}detail.weight", 2)
+            hidden, detail, patch, _ = dims(state, f"{PREFIX}{EMBED}detail.weight", 4)
+            rows, _ = dims(state, f"{PREFIX}{HEAD}detail.weight", 2)
             (bias,) = dims(state, f"{PREFIX}{HEAD}detail.bias", 1)
             delta = f"{PREFIX}{EMBED}delta.weight"
             base = dims(state, delta, 4)[1] if delta in state else base_channels
@@ -107,22 +107,19 @@ class AdapterConfig:
                 f"damaged adapter: its embedder is for {detail} detail channels, its head for {rows / patch**2:g} "
                 f"(bias: {bias / patch**2:g})"
             )
-        optional = {
+        wanted = {
+            f"{PREFIX}{EMBED}detail.weight": (hidden, detail, patch, patch),
+            f"{PREFIX}{HEAD}detail.weight": (rows, hidden),
+            f"{PREFIX}{HEAD}detail.bias": (rows,),
             f"{PREFIX}{EMBED}delta.weight": (hidden, base, patch, patch),
             f"{PREFIX}{EMBED}delta.bias": (hidden,),
             f"{PREFIX}{HEAD}delta.weight": (patch**2 * base, hidden),
             f"{PREFIX}{HEAD}delta.bias": (patch**2 * base,),
         }
-        for name, shape in optional.items():
+        for name, shape in wanted.items():
             if name in state and tuple(state[name].shape) != shape:
                 raise CheckpointError(f"damaged adapter: {name} is {list(state[name].shape)}, expected {list(shape)}")
-        if (across, columns) != (patch, hidden):
-            raise CheckpointError(
-                f"damaged adapter: its embedder's patches are {patch} x {across}, its head reads {columns} features of "
-                f"{hidden}"
-            )
-        own = {f"{PREFIX}{EMBED}detail.weight", f"{PREFIX}{HEAD}detail.weight", f"{PREFIX}{HEAD}detail.bias", *optional}
-        unknown = [name for name in state if name.startswith(PREFIX) and name not in own]
+        unknown = [name for name in state if name.startswith(PREFIX) and name not in wanted]
         if unknown:
             raise CheckpointError(f"unknown tensor in the adapter: {unknown[0]}")
         _check_lora(state, hidden)

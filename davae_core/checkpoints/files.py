@@ -145,7 +145,7 @@ def _size(path: Path) -> int:
 
 def _digest(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 24):
+    while chunk := file.read(1 << 20):
         digest.update(chunk)
     return f"0x{digest.hexdigest()}"
 

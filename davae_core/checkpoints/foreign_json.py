@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or as :func:`parse`.
     """
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path.name} does not exist or is not a file")
         with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, MOST_BYTES + 1))  # takes as much memory as it is told, whatever there is
     except OSError as problem:
         raise CheckpointError(f"{path.name} cannot be read ({problem})") from problem
     return parse(content, path.name)

@@ -5,6 +5,7 @@ The format: eight bytes with the header's length, the header (JSON: dtype, shape
 """
 
 import hashlib
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def read(path: Path) -> Header:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= MOST_BYTES:
             raise CheckpointError(f"a header of {length} bytes, expected 2 to {MOST_BYTES}")
+        if 8 + length > os.fstat(file.fileno()).st_size:
+            raise CheckpointError(f"its header alone has {length} bytes")
         text = file.read(length)
     if len(text) < length:
         raise CheckpointError(f"its header alone has {length} bytes")
