@@ -19,18 +19,12 @@ def row(tally: Tally) -> str:
 
 def write(document: Path, tally: Tally) -> None:
     """Put the row of this run in the place of an earlier one with the same seed, or below the others."""
-    text = document.read_text(encoding="utf-8")
-    before, _, after = text.partition(MARK)
-    rows = [line for line in after.splitlines() if line.startswith("| `")]
-    rest = (
-        after[after.rindex(rows[-1]) + len(rows[-1]) :]
-        if rows
-        else after[after.index("\n\n", 1) :]
-        if "\n\n" in after[1:]
-        else "\n"
-    )
-    rows = [
-        line for line in rows if not line.startswith("| `python3 dev.py soak") or f"--seed {tally.seed}`" not in line
-    ]
+    before, mark, after = document.read_text(encoding="utf-8").partition(MARK)
+    lines = after.strip("\n").splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    rest = lines[len(table) :] if lines[: len(table)] == table else lines
+    rows = [line for line in table[2:] if f"--seed {tally.seed}`" not in line]
     table = [HEAD, "|" + "---|" * (len(outcomes.ALL) + 2), *rows, row(tally)]
-    document.write_text(f"{before}{MARK}\n" + "\n".join(table) + rest, encoding="utf-8")
+    document.write_text(
+        before + mark + "\n\n" + "\n".join([*table, "", *rest]).replace("\n\n\n", "\n\n") + "\n", encoding="utf-8"
+    )
