@@ -46,7 +46,7 @@ class Task(Protocol):
 
         Args:
             batch: ``image``, ``caption`` and, where the run has prompts of its own, ``asked``: a list of
-                :class:`~davae_core.training.run.validation.Asked` to draw instead of the captions.
+                :class:`~davae_core.training.text.asked.Asked` to draw instead of the captions.
         """
 
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:

@@ -34,7 +34,8 @@ from ..objective import FlowConfig, noised
 from ..run.config import OptimiserConfig, RunConfig
 from ..run.launch import Images, launch
 from ..run.task import Batch, Losses, Phase
-from ..run.validation import SHEET_IMAGES, read_prompts
+from ..run.validation import SHEET_IMAGES
+from ..text.asked import read_prompts
 from ..text.captions import thinned
 from . import pieces, sheets
 from .adapted import AdaptedModel
@@ -200,20 +201,27 @@ class AdapterTask:
         return pieces.decode(self.davae, self.davae.latent.denormalise(z).to(device)).float().to(z.device)
 
     def sheet(self, batch: Batch) -> torch.Tensor:
-        """Images, their reconstructions, samples for their captions, or samples for the run's own prompts.
+        """Images (where they are not given as latents), their reconstructions, samples for their captions; or samples
+        for the run's own prompts.
 
         On the CPU, made one image after another.
         """
-        x, captions = batch["image"][:SHEET_IMAGES], batch["caption"][:SHEET_IMAGES]
-        rows: list[list[torch.Tensor]] = [[], [], []]
+        count = min(SHEET_IMAGES, len(batch["caption"]))
+        columns: list[list[torch.Tensor]] = []
         with pieces.out_of_memory("to draw a sheet of samples", "--run.sample-every 0 draws one at the end alone"):
             if "asked" in batch:
-                return sheets.drawn(batch["asked"], self.encode(x[:1]), self.drawn)
-            for i, (image, caption) in enumerate(zip(x.split(1), captions)):
-                z = self.encode(image)
-                for row, picture in zip(rows, (image, self.decode(z), self.drawn(caption, i, z))):
-                    row.append(picture.cpu())
-        return tile([torch.cat(row) for row in rows])
+                return sheets.drawn(batch["asked"], self.latent(batch, slice(1)), self.drawn)
+            for i in range(count):
+                one = slice(i, i + 1)
+                z = self.latent(batch, one)
+                shown = [batch["image"][one]] if "image" in batch else []
+                shown += [self.decode(z), self.drawn(batch["caption"][i], i, z)]
+                columns.append([picture.cpu() for picture in shown])
+        return tile([torch.cat(row) for row in zip(*columns)])
+
+    def latent(self, batch: Batch, some: slice) -> torch.Tensor:
+        """Latents in the model's units of some images of a batch, which may hold these instead of images."""
+        return batch["latent"][some] if "latent" in batch else self.encode(batch["image"][some])
 
     def drawn(self, caption: str, seed: int, like: torch.Tensor) -> torch.Tensor:
         """The image drawn for a caption, as large as that of the latent ``like [1, C + D, h, w]``."""
@@ -230,7 +238,10 @@ class AdapterTask:
             return self.model(x, t, *encode(self.text, captions, x.device))
 
         channels = self.davae.latent.base_channels
-        latents = ((self.held_out(batch["image"]), batch["caption"]) for batch in batches)
+        latents = (
+            (batch["latent"] if "latent" in batch else self.held_out(batch["image"]), batch["caption"])
+            for batch in batches
+        )
         return velocity_errors(predict, latents, {"base": slice(channels), "detail": slice(channels, None)})
 
     def export(self, folder: Path) -> list[Path]:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ...images import mosaic
-from ..run.validation import SHEET_IMAGES, Asked
+from ..run.validation import SHEET_IMAGES
+from ..text.asked import Asked
 
 
 def drawn(

@@ -23,6 +23,7 @@ from ... import records
 from ...embeddings import KIND, key_of
 from ...errors import DAVAEError
 from ..data import sources
+from .asked import read_prompts
 from .encoders import Role, TextEncoders, load_clip, load_t5, weight_files
 from .tokens import Tokenizers
 
@@ -39,6 +40,8 @@ class TextConfig:
     """Folders of images and WebDataset shards, as --data.images of the training."""
     out: Path
     """Folder for the embeddings."""
+    prompts: Path | None = None
+    """Text file of more prompts, one a line: those of the sample sheets, as --run.prompts of the training."""
     model: Path | None = None
     """A folder of SD3 / SD3.5 in diffusers' layout (then its tokenizers are used too), or a checkpoint with the text
     encoders in it; for what is not given by itself."""
@@ -123,6 +126,8 @@ def run(config: TextConfig) -> int:
         DAVAEError: something is missing or cannot be used.
     """
     captions = captions_in(config.images)
+    if config.prompts is not None:
+        captions = list(dict.fromkeys([*captions, *(asked.prompt for asked in read_prompts(config.prompts))]))
     places: dict[Role, Path] = {
         "clip_l": _source(config, "clip_l", config.clip_l),
         "clip_g": _source(config, "clip_g", config.clip_g),

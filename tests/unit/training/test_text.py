@@ -357,8 +357,11 @@ def test_the_command_encodes_the_captions_of_a_folder(
     ]
     with pytest.raises(DAVAEError, match=r"no t5xxl is given: name its file \(--t5\).*--without-t5"):
         command.main([*common, *own[:2]])
-    assert command.main([*common, *own]) == 0
+    (tmp_path / "sheet.txt").write_text("# of the sheets\na fish of glass --d 7\n")
+    assert command.main([*common, *own, "--prompts", str(tmp_path / "sheet.txt")]) == 0
     embeddings = load_embeddings(out)
+    assert len(embeddings) == len(captions_in([str(photos)])) + 1
+    embeddings(["a fish of glass"])
     clip_l, clip_g = (load_clip(toy_files[role], role) for role in ("clip_l", "clip_g"))  # type: ignore[arg-type]
     encoders = TextEncoders(Tokenizers(toy_tokenizers), clip_l, clip_g, load_t5(toy_files["t5xxl"]))
     for caption in captions_in([str(photos)]):

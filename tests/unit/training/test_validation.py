@@ -25,9 +25,10 @@ from davae_core.training.objective import ReconstructionConfig
 from davae_core.training.run import loop
 from davae_core.training.run.config import OptimiserConfig, RunConfig
 from davae_core.training.run.task import Batch, Losses, Phase
-from davae_core.training.run.validation import Asked, Validation, read_prompts
+from davae_core.training.run.validation import Validation
 from davae_core.training.tasks.adapter import AdapterRecipe, AdapterTask
 from davae_core.training.tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
+from davae_core.training.text.asked import Asked, read_prompts
 
 GROUPS = {"base": slice(2), "detail": slice(2, None)}
 Read = Callable[[Path], dict[str, dict[int, float]]]
@@ -201,6 +202,9 @@ def test_an_untrained_adapter_has_the_base_models_error_and_the_whole_velocity_a
     own = velocity_errors(base, [(z, [f"flat wave {i}" for i in range(3)])], {"base": slice(16)})
     assert {name: told[name] for name in own} == pytest.approx(own, rel=1e-3)
     assert {name for name in told if "/" in name} == {f"{part}/t{t}" for part in ("base", "detail") for t in TIMES}
+    stored: Batch = {"latent": z, "caption": [f"flat wave {i}" for i in range(3)]}
+    assert task.validate([stored]) == pytest.approx(told, rel=1e-3), "latents that lie ready serve as well"
+    assert task.sheet(stored).shape == (3, 2 * 64, 3 * 64)
     sheet = task.sheet({"image": torch.zeros(1, 3, 64, 64), "caption": ["a"], "asked": [Asked("3d peach", 5)] * 2})
     assert sheet.shape == (3, 64, 128) and torch.equal(sheet[..., :64], sheet[..., 64:])
 
