@@ -65,6 +65,8 @@ class RunConfig:
     validate_every: int = 500
     """Steps between two measurements on the held-out images (TensorBoard and validation.jsonl); 0 for none but those
     at the start and at the end. Without held-out images there are none."""
+    validate_images: int = 256
+    """Held-out images that are measured at most: the first ones, always the same."""
     prompts: Path | None = None
     """Text file with the prompts of the sample sheets, one a line, with "--d SEED" at the end for a seed other than
     the prompt's number. Without it the captions of the first held-out images are drawn, or those of the batch."""
@@ -78,7 +80,7 @@ class RunConfig:
 
 # Fields that may differ between a run and its continuation: they do not change what a step computes.
 FREE = {"run.out", "run.steps", "run.resume", "run.save_minutes", "run.log_every", "run.sample_every", "run.bad_steps"}
-FREE |= {"run.validate_every", "run.prompts"}
+FREE |= {"run.validate_every", "run.validate_images", "run.prompts"}
 FREE |= {"run.micro_batch", "run.compile", "data.images", "data.workers", "data.cache", "data.max_broken"}
 FREE |= {"gradient_checkpointing", "frozen", "file"}
 
