@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from .. import atomic
 from ..errors import CheckpointError, DAVAEError, WriteError
-from . import header
-from .header import Header
+from . import header, owned
+from .header import DTYPES, Header
 
 HASH_KEY = "modelspec.hash_sha256"
 LAYOUT_KEY = "davae.layout"  # of the names, shapes and dtypes that the hash belongs to
@@ -25,13 +25,17 @@ HASHED_AT_LOAD = 64 * 2**20  # bytes of a file whose hash is checked whenever it
 
 
 def read(path: str | os.PathLike[str], device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file.
+    """All tensors and the metadata of a safetensors file, in memory of their own; see :mod:`.owned`.
 
     Raises:
         CheckpointError: the file is missing, is not safetensors, is cut off, or is replaced while it is read.
     """
     with Reader(path, device) as file:
-        return {name: file.get(name) for name in file.header.shapes}, dict(file.header.metadata)
+        told = file.header
+        layout = {name: (DTYPES[dtype], told.shapes[name]) for name, dtype in told.dtypes.items() if dtype in DTYPES}
+        others = {name: file.get(name).clone() for name in told.shapes if name not in layout}
+    tensors = {**owned.read(Path(path), layout), **others}
+    return {name: tensors[name].to(device) for name in told.shapes}, dict(told.metadata)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
