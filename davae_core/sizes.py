@@ -20,7 +20,7 @@ def pad_to_multiple(image: torch.Tensor, multiple: int, mode: str = "replicate")
 
 def pad_to(image: torch.Tensor, height: int, width: int, mode: str = "replicate") -> torch.Tensor:
     """``[B, H, W, c]`` continued equally on both sides to ``[B, height, width, c]``; modes as above."""
-    (top, bottom), (left, right) = (_both_sides(b - a) for a, b in zip(image.shape[1:3], (height, width), strict=True))
+    (top, bottom), (left, right) = (both_sides(b - a) for a, b in zip(image.shape[1:3], (height, width), strict=True))
     if not any((top, bottom, left, right)):
         return image
     return F.pad(image.movedim(-1, 1), (left, right, top, bottom), mode=mode).movedim(1, -1)
@@ -28,7 +28,7 @@ def pad_to(image: torch.Tensor, height: int, width: int, mode: str = "replicate"
 
 def centre(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The middle ``[B, height, width, c]`` of an image: undoes :func:`pad_to_multiple`."""
-    (top, _), (left, _) = (_both_sides(a - b) for a, b in zip(image.shape[1:3], (height, width), strict=True))
+    (top, _), (left, _) = (both_sides(a - b) for a, b in zip(image.shape[1:3], (height, width), strict=True))
     return image[:, top : top + height, left : left + width]
 
 
@@ -51,6 +51,6 @@ def round_up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
 
-def _both_sides(extra: int) -> tuple[int, int]:
+def both_sides(extra: int) -> tuple[int, int]:
     """Split surplus pixels between the two sides; an odd one goes to the second."""
     return extra // 2, extra - extra // 2

@@ -1,13 +1,14 @@
 """What a separate base and detail let you do: sample the detail again, put another base under it."""
 
 import torch
+import torch.nn.functional as F
 from comfy_api.latest import io
 
 from ..davae_core.latent import LatentSpec, with_base
-from ..davae_core.sizes import pad_to
 from . import comfy_bridge
-from .detail import Latent, image_size, mask_of, require_davae_latent
+from .detail import Latent, mask_of, require_davae_latent
 from .loaders import CATEGORY, DAVAESocket
+from .padding import picture_box
 
 
 class RerollDetail(io.ComfyNode):
@@ -58,9 +59,11 @@ class RerollDetail(io.ComfyNode):
 
 def noise_mask(mask: torch.Tensor, samples: Latent, spec: LatentSpec) -> torch.Tensor:
     """A MASK of the decoded image as noise mask ``[B, 1, f s h, f s w]``, 0 in the padding that decoding cuts off."""
-    mask = mask_of(image_size(samples, spec), mask)
+    box = picture_box(samples, spec)
+    mask = mask_of((box.height, box.width), mask)
     height, width = (side * spec.factor for side in samples["samples"].shape[2:])
-    return pad_to(mask[..., None], height, width, "constant").movedim(-1, 1)
+    edges = (box.left, width - box.left - box.width, box.top, height - box.top - box.height)
+    return F.pad(mask[:, None], edges)
 
 
 class SwapBase(io.ComfyNode):

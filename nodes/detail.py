@@ -8,16 +8,14 @@ from comfy_api.latest import io
 
 from ..davae_core.errors import LatentError
 from ..davae_core.latent import LatentSpec, with_zero_detail
-from ..davae_core.sizes import centre, crop_to_multiple, pad_to_multiple, round_up
-from . import comfy_bridge
+from ..davae_core.sizes import crop_to_multiple, pad_to_multiple, round_up
+from . import comfy_bridge, padding
 from .loaders import CATEGORY, DAVAESocket
 
 Latent = dict[str, Any]
 
 # Latents of the DiT are cut into patches of 2 x 2, so an image needs twice the autoencoder's factor.
 PATCH = 2
-# Under this name a LATENT keeps the (height, width) its image had before it was padded.
-SIZE_KEY = "davae_image_size"
 
 
 def size_multiple(spec: LatentSpec) -> int:
@@ -35,22 +33,6 @@ def fit(image: torch.Tensor, spec: LatentSpec, rule: str, mode: str = "replicate
     if rule == "crop":
         return crop_to_multiple(image, size_multiple(spec))
     return pad_to_multiple(image, size_multiple(spec), mode)
-
-
-def size_without_padding(now: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """What an image that is ``now`` (height, width) has without the padding that :func:`fit` gave it at ``size``, also
-    where it was scaled up since."""
-    padded = [round_up(side, multiple) for side in size]
-    scale = now[0] / padded[0]
-    if scale < 1 or now[0] * padded[1] != now[1] * padded[0]:
-        return now  # cropped or stretched: where the padding is now cannot be told
-    return round(size[0] * scale), round(size[1] * scale)
-
-
-def image_size(samples: Latent, spec: LatentSpec) -> tuple[int, int]:
-    """(height, width) of the image that Detail Decode makes of a LATENT."""
-    height, width = (side * spec.factor for side in samples["samples"].shape[2:])
-    return size_without_padding((height, width), samples.get(SIZE_KEY, (height, width)), size_multiple(spec))
 
 
 def fit_mask(mask: torch.Tensor, size: tuple[int, ...], spec: LatentSpec, rule: str) -> torch.Tensor:
@@ -152,13 +134,13 @@ class DetailEncode(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         require_image(image)
-        spec, size = davae.latent, tuple(image.shape[1:3])
+        spec, size = davae.latent, (image.shape[1], image.shape[2])
         pixels = fit(image[..., :3], spec, size_rule)
         z_base = None if base_latent is None else base_latent["samples"]
         if z_base is not None:
             require_base_of(z_base, pixels, spec)
         samples = davae.encode(pixels, z_base)
-        extra: Latent = {SIZE_KEY: size} if size_rule == "pad" else {}
+        extra: Latent = padding.remembered(samples, size, spec, size_multiple(spec)) if size_rule == "pad" else {}
         if mask is not None:
             extra["noise_mask"] = fit_mask(mask, size, spec, size_rule)
         base = {"samples": samples[:, : spec.base_channels].clone()}
@@ -197,7 +179,7 @@ class DetailDecode(io.ComfyNode):
         z, spec = samples["samples"], davae.latent
         require_davae_latent(z, spec)
         image = davae.decode(z, detail_strength)
-        return io.NodeOutput(centre(image, *image_size(samples, spec)))
+        return io.NodeOutput(padding.picture_box(samples, spec).cut(image))
 
 
 class EmptyLatent(io.ComfyNode):
@@ -262,7 +244,7 @@ class FromBaseLatent(io.ComfyNode):
     @classmethod
     def execute(cls, samples: Latent, davae: comfy_bridge.AutoencoderHandle | None = None) -> io.NodeOutput:
         spec = davae.latent if davae else LatentSpec()
-        rest = {key: value for key, value in samples.items() if key != SIZE_KEY}
+        rest = {key: value for key, value in samples.items() if key != padding.KEY}
         return io.NodeOutput({**rest, **latent_dict(with_zero_detail(samples["samples"], spec), spec)})
 
 
@@ -291,7 +273,7 @@ class ToBaseLatent(io.ComfyNode):
         spec = davae.latent if davae else LatentSpec()
         z = samples["samples"]
         require_davae_latent(z, spec)
-        rest = {key: value for key, value in samples.items() if key not in (SIZE_KEY, "downscale_ratio_spacial")}
+        rest = {key: value for key, value in samples.items() if key not in (padding.KEY, "downscale_ratio_spacial")}
         return io.NodeOutput({**rest, "samples": z[:, : spec.base_channels].clone()})
 
 

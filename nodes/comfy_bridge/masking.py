@@ -44,11 +44,13 @@ def keep_base(model: ModelPatcher) -> ModelPatcher:
                 "the MODEL is to sample detail only, but the LATENT has no noise mask, so all of it would be sampled. "
                 "Connect the LATENT output of Re-roll Detail to the sampler, beside its MODEL output"
             )
+        # Read now: some samplers (uni_pc) write into the sigmas they are given.
+        to_the_end, kept = bool(sigmas[-1] == 0), image[:, :base].clone()
         options = executor.class_obj.model_options
         options[MASK_FUNCTION] = detail_only(base, options.get(MASK_FUNCTION))  # may be another node's by now
         out = executor(noise, image, sampler, sigmas, mask, *rest, **named)
-        if sigmas[-1] == 0:  # sampled to the end: no rounding, and no noise that some samplers leave
-            out[:, :base] = image[:, :base]
+        if to_the_end:  # then no rounding, and no noise that some samplers leave
+            out[:, :base] = kept
         return out
 
     clone = model.clone()

@@ -61,7 +61,14 @@ def test_both_samplers_make_the_same_detail_from_the_same_settings(run, toys, fi
 
 @pytest.mark.parametrize(
     ("sampler", "scheduler"),
-    [("dpmpp_2m", "sgm_uniform"), ("euler_ancestral", "normal"), ("dpmpp_sde", "beta"), ("dpm_fast", "simple")],
+    [
+        ("dpmpp_2m", "sgm_uniform"),
+        ("euler_ancestral", "normal"),
+        ("dpmpp_sde", "beta"),
+        ("dpm_fast", "simple"),
+        ("uni_pc", "simple"),  # writes into its sigmas
+        ("uni_pc_bh2", "normal"),
+    ],
 )
 def test_other_samplers_and_schedulers_keep_the_base_too(run, toys, finished, sampler, scheduler):
     """dpm_fast ends before the last of the noise is gone."""
@@ -277,7 +284,7 @@ def test_swapping_the_base_gives_what_encoding_with_that_base_gives(run, toys, p
 
 
 def test_a_swap_keeps_what_else_the_latent_carries_and_one_base_serves_a_batch(run, toys, finished):
-    carried = {"noise_mask": torch.rand(1, 1, 8, 12), "davae_image_size": (100, 180), "batch_index": [3, 4]}
+    carried = {"noise_mask": torch.rand(1, 1, 8, 12), "davae_padding": "as it was", "batch_index": [3, 4]}
     base = torch.randn(1, 16, 8, 12)
 
     def build(g):
@@ -288,7 +295,7 @@ def test_a_swap_keeps_what_else_the_latent_carries_and_one_base_serves_a_batch(r
     assert torch.equal(out["samples"][:, :16], base.expand(2, -1, -1, -1))
     assert torch.equal(out["samples"][:, 16:], finished["samples"][:, 16:])
     assert torch.equal(out["noise_mask"], carried["noise_mask"])
-    assert out["davae_image_size"] == (100, 180) and out["batch_index"] == [3, 4]
+    assert out["davae_padding"] == "as it was" and out["batch_index"] == [3, 4]
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16, 24), (1, 32, 8, 12), (3, 16, 8, 12), (1, 16, 1, 8, 12)])
