@@ -73,8 +73,13 @@ def load_perceptual(name: PerceptualName) -> PerceptualDistance:
     """
     if name not in get_args(PerceptualName):
         raise DAVAEError(f"unknown perceptual distance {name!r}; choose one of {', '.join(get_args(PerceptualName))}")
-    metric: PerceptualDistance = _ShiftTolerant(name) if name.startswith("st-") else _Classic(name)
+    metric: PerceptualDistance = _ShiftTolerant(name).load() if name.startswith("st-") else _Classic(name)
     return metric.requires_grad_(False).eval()
+
+
+def perceptual_shape(name: PerceptualName) -> PerceptualDistance:
+    """The network of that name without its weights, to count what it needs; reads no file. LPIPS is as ST-LPIPS."""
+    return _ShiftTolerant("st-lpips-alex" if name.endswith("alex") else "st-lpips-vgg").requires_grad_(False).eval()
 
 
 class _ShiftTolerant(PerceptualDistance):
@@ -87,14 +92,18 @@ class _ShiftTolerant(PerceptualDistance):
         self.net = _numbered(stages)
         for i, width in enumerate(widths):
             self.add_module(f"lin{i}", _Head(width))
-        path = _package_weights(name)
+
+    def load(self) -> "_ShiftTolerant":
+        """Read the weights; raises as :func:`load_perceptual` does."""
+        path = _package_weights(self.name)
         try:
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as problem:  # a damaged pickle can raise anything
             raise DAVAEError(
-                f"{path.name} does not hold the {name} weights ({type(problem).__name__}). Install them again: "
+                f"{path.name} does not hold the {self.name} weights ({type(problem).__name__}). Install them again: "
                 "pip install --no-deps --force-reinstall stlpips_pytorch==0.0.2"
             ) from problem
+        return self
 
     def _distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a, b = self.scaling_layer(a), self.scaling_layer(b)

@@ -1,31 +1,28 @@
-"""What a training needs: arithmetic, memory and time, each figure with the formula it is counted by.
+"""What a training needs: memory, arithmetic and time.
 
     python -m davae_core.training plan --gpus 8 --memory 80 --images 100k --size 1024
 
-Nothing is run and no file is read. Memory is that of tensors: leave a tenth of a GPU for the libraries and for gaps, as
+No file is read and nothing is computed: each phase of the training runs on tensors that have shapes alone, and what
+they would take is counted. Leave a tenth of a GPU for libraries, for what kernels take for themselves and for gaps, as
 the choice of the micro-batch here does.
 """
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import tyro
 
-from ...autoencoder import AutoencoderConfig
 from ...errors import DAVAEError
-from ...latent import LatentSpec
-from ...mmdit import MMDiTConfig
 from ..stages import STAGES
-from ..tasks.adapter import AdapterRecipe
-from ..tasks.autoencoder import AutoencoderRecipe
-from . import dit, vae
-from .terms import Bytes, Flops, human, peak
+from .phases import Counted, count
+from .skeletons import Recipe
 
 USABLE = 0.9
 TEXT_TOKENS = 77 + 256
 FACTORS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
-Recipe = AdapterRecipe | AutoencoderRecipe
+UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
@@ -69,19 +66,15 @@ class Plan:
     """A training, counted.
 
     Attributes:
-        recipe: name and settings.
-        flops: of one image in one step.
-        memory: of one GPU.
-        trained: parameters.
+        name, recipe: what is trained.
+        counted: memory of one GPU and operations of one image.
         micro_batch: images at once.
         fits: whether the memory is enough.
     """
 
     name: str
     recipe: Recipe
-    flops: list[Flops]
-    memory: list[Bytes]
-    trained: int
+    counted: Counted
     micro_batch: int
     fits: bool
 
@@ -98,35 +91,6 @@ def number(text: str) -> int:
     return round(float(match.group(1)) * FACTORS[match.group(2)])
 
 
-def stage1(recipe: AutoencoderRecipe) -> vae.Stage1:
-    """The shapes of a recipe on the SD3 VAE."""
-    base = AutoencoderConfig()
-    return vae.Stage1(
-        base,
-        LatentSpec(base.latent_channels, recipe.detail_channels, recipe.scale),
-        recipe.data.size**2,
-        bf16=recipe.run.precision == "bf16",
-        recompute=recipe.gradient_checkpointing,
-        perceptual=recipe.losses.perceptual > 0,
-    )
-
-
-def stage2(recipe: AdapterRecipe, text: int) -> dit.Stage2:
-    """The shapes of a recipe on SD3.5-medium and an f16 DA-VAE."""
-    model, latent = MMDiTConfig(), LatentSpec()
-    side = recipe.data.size // (latent.factor * model.patch)
-    return dit.Stage2(
-        model,
-        latent,
-        tokens=side**2,
-        text=text,
-        rank=recipe.rank,
-        targets=recipe.targets,
-        bf16=recipe.frozen == "bf16",
-        recompute=recipe.gradient_checkpointing,
-    )
-
-
 def plan(name: str, recipe: Recipe, config: PlanConfig) -> Plan:
     """Count a training, with the largest micro-batch that fits unless one is given.
 
@@ -141,62 +105,90 @@ def plan(name: str, recipe: Recipe, config: PlanConfig) -> Plan:
             f"{f' in parts of {micro} images' if micro else ''}: take a number of GPUs (--gpus) and a --micro-batch "
             "whose product divides it"
         )
-    choices = [micro] if micro else [part for part in range(share, 0, -1) if share % part == 0]
-    for part in choices:
-        flops, memory, trained = count(recipe, config, part)
-        fits = peak(memory) <= USABLE * config.memory * 1e9
-        if fits:
-            break
-    return Plan(name, recipe, flops, memory, trained, part, fits)
+    micro = micro or largest(recipe, share, config)
+    counted = on_one(recipe, micro, config)
+    return Plan(name, recipe, counted, micro, counted.most <= limit(config))
 
 
-def count(recipe: Recipe, config: PlanConfig, micro: int) -> tuple[list[Flops], list[Bytes], int]:
-    """Operations of one image, bytes of one GPU and trained parameters."""
-    if isinstance(recipe, AutoencoderRecipe):
-        shape = stage1(recipe)
-        return vae.flops(shape), vae.memory(shape, micro), vae.parameters(shape)[1]
-    adapted = stage2(recipe, config.text)
-    davae = vae.Stage1(pixels=recipe.data.size**2, bf16=adapted.bf16, perceptual=False)
-    held = sum(vae.parameters(davae))
-    encoders = [replace(term, backward=0.0, again=0.0) for term in vae.flops(davae)[:3]]
-    memory = dit.memory(adapted, micro, config.gpus, config.shard)
-    memory += [Bytes("DA-VAE, which encodes the images", f"{held:,} x 4", held * 4.0), vae.encoding(davae, micro)]
-    return dit.flops(adapted) + encoders, memory, dit.parameters(adapted)[1]
+def largest(recipe: Recipe, share: int, config: PlanConfig) -> int:
+    """The most images at once whose step fits, at least 1; each guess is counted before it is believed."""
+    choices = [part for part in range(1, share + 1) if share % part == 0]
+    tried: dict[int, int] = {}
+    guess = max(part for part in choices if part <= max(recipe.run.micro_batch, 1))
+    while guess not in tried:
+        counted = on_one(recipe, guess, config, only_step=True)
+        tried[guess] = counted.most
+        # Memory grows by the image: as between the two nearest that were tried, or from what is held without any.
+        (a, low), (b, high) = sorted([(0, counted.held), *tried.items()])[-2:]
+        each = max((high - low) / (b - a), 1.0)
+        unknown = [part for part in choices if high + (part - b) * each <= limit(config)]
+        fitting = [part for part, peak in tried.items() if peak <= limit(config)]
+        refused = min((part for part, peak in tried.items() if peak > limit(config)), default=share + 1)
+        guess = max([part for part in [*unknown, *fitting] if part < refused], default=1)
+    return guess
+
+
+def limit(config: PlanConfig) -> float:
+    """Bytes of a GPU that a training may take."""
+    return USABLE * config.memory * 1e9
+
+
+def on_one(recipe: Recipe, micro: int, config: PlanConfig, only_step: bool = False) -> Counted:
+    """What one of the GPUs takes; a recipe that has nothing to shard stays whole."""
+    counted = _count(recipe, micro, config.text, config.gpus > 1 and not config.shard, only_step)
+    if not config.shard:
+        return counted
+    return counted.sharded(config.gpus) if counted.cut else counted
+
+
+_count = cache(count)
 
 
 def lines(made: Plan, config: PlanConfig) -> list[str]:
     """The plan as text."""
-    run, size = made.recipe.run, made.recipe.data.size
-    forward, step = (sum(values) for values in ([f.forward for f in made.flops], [f.step for f in made.flops]))
-    rows = [("", "one image, forward -> a step of training", "")]
-    for term in made.flops:
-        rows.append((f"{human(term.forward, 'FLOP')} -> {human(term.step, 'FLOP')}", term.name, term.formula))
-    rows += [(f"{human(forward, 'FLOP')} -> {human(step, 'FLOP')}", "together", "sum"), ("", "", "")]
-    rows.append(("", f"one GPU, {made.micro_batch} images at once", ""))
-    for held in made.memory:
-        rows.append((f"{held.count / 1e9:.2f} GB", f"{held.name} ({held.when})", held.formula))
-    most = peak(made.memory) / 1e9
-    rows.append((f"{most:.1f} GB", "at most", "always + max(encoding, training + max(loss, backward))"))
+    run, size, counted = made.recipe.run, made.recipe.data.size, made.counted
+    rows = [("", f"one GPU, {made.micro_batch} images at once", "")]
+    rows.append((f"{counted.held / 1e9:.1f} GB", "held between the phases", "weights, gradients, moments, averages"))
+    rows += [(f"{peak / 1e9:.1f} GB", name, PHASES[name]) for name, peak in counted.peaks.items()]
     verdict = "fits" if made.fits else "does NOT fit"
-    rows += [
-        (f"{most / config.memory:.0%}", f"of {config.memory:g} GB: {verdict}", f"limit {USABLE:.0%}"),
-        ("", "", ""),
-    ]
-    seconds = run.batch * step / (config.gpus * config.tflops * 1e12 * config.utilisation)
+    share = f"{counted.most / config.memory / 1e9:.0%}"
+    rows += [(share, f"of {config.memory:g} GB: {verdict}", f"limit {USABLE:.0%}"), ("", "", "")]
+    flops = run.batch * counted.step
+    seconds = flops / (config.gpus * config.tflops * 1e12 * config.utilisation)
     hours, images = run.steps * seconds / 3600, number(config.images)
-    exchanged = 2 * (config.gpus - 1) / config.gpus * 4 * made.trained
+    exchanged = 2 * (config.gpus - 1) / config.gpus * 4 * counted.trained
     rows += [
+        ("", "arithmetic", ""),
+        (human(counted.forward, "FLOP"), "forward pass of one image", "with what encodes it"),
+        (human(counted.step, "FLOP"), "training step of one image", "with backward and recomputed passes"),
+        (human(flops, "FLOP"), "a step", f"batch {run.batch}"),
+        ("", "", ""),
         ("", f"{config.gpus} GPUs", ""),
-        (human(run.batch * step, "FLOP"), "a step", f"batch {run.batch} x {human(step, 'FLOP')}"),
         (f"{seconds:.3g} s", "a step", f"/ ({config.gpus} x {config.tflops:g} TFLOP/s x {config.utilisation:g})"),
-        (human(exchanged, "B"), "exchanged by each GPU a step", f"2 (n - 1) / n x 4 x {made.trained:,}"),
+        (human(exchanged, "B"), "exchanged by each GPU a step", f"2 (n - 1) / n x 4 x {counted.trained:,} trained"),
         (f"{images / run.batch * seconds / 3600:.3g} h", f"a pass over {images:,} images", "images / batch x step"),
         (f"{run.steps * run.batch / images:.3g}", "passes", f"{run.steps:,} steps x batch / images"),
         (f"{hours:.3g} h", "in all", f"{run.steps:,} steps"),
         (f"{hours * config.gpus / 24:.3g}", "GPU-days", "hours x GPUs / 24"),
     ]
     head = f"{made.name}: {size} px, batch {run.batch} = {config.gpus} GPUs x {run.batch // config.gpus} images"
-    return [head, "", *(f"{value:>24}  {name:<52} {formula}".rstrip() for value, name, formula in rows), ""]
+    return [head, "", *(f"{value:>16}  {name:<36} {about}".rstrip() for value, name, about in rows), ""]
+
+
+PHASES = {
+    "step": "a micro-batch forward and backward, and the optimiser's step",
+    "sheet": "samples, with the averaged weights beside the others",
+    "statistics": "of the detail latent, in fp32",
+    "export": "",
+}
+
+
+def human(value: float, unit: str) -> str:
+    """``10816000000, "FLOP"`` to ``10.8 GFLOP``."""
+    for factor, prefix in UNITS:
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
 
 
 def chosen(config: PlanConfig) -> dict[str, Recipe]:

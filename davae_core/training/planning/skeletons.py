@@ -1,0 +1,81 @@
+"""The tasks of stage 1 and 2 with models of the right shapes and no files: SD3.5-medium and the VAE of SD3."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ...autoencoder import Autoencoder, AutoencoderConfig
+from ...bases import SD3
+from ...davae import DAVAE, DAVAEConfig
+from ...mmdit import MMDiT, MMDiTConfig
+from ...perceptual import perceptual_shape
+from ..run.launch import Images
+from ..tasks import adapter, autoencoder
+from ..tasks.adapter import AdapterRecipe, AdapterTask
+from ..tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
+from ..text.embeddings import Embeddings, Encoded
+
+Module = TypeVar("Module", bound=nn.Module)
+Recipe = AdapterRecipe | AutoencoderRecipe
+
+
+class Prompts(Embeddings):
+    """Embeddings of any captions.
+
+    Args:
+        tokens: of each.
+        model: that reads them.
+    """
+
+    def __init__(self, tokens: int, model: MMDiTConfig) -> None:
+        self.tokens, self.context, self.pooled = tokens, model.context, model.pooled
+
+    def __call__(self, captions: Sequence[str]) -> Encoded:
+        """As those out of files."""
+        batch = len(captions)
+        return Encoded(torch.zeros(batch, self.tokens, self.context), torch.zeros(batch, self.pooled))
+
+
+def task(
+    recipe: Recipe,
+    images: Images,
+    text: int,
+    model: MMDiTConfig | None = None,
+    base: AutoencoderConfig | None = None,
+) -> AdapterTask | AutoencoderTask:
+    """A recipe's task on the device that tensors are made on.
+
+    Args:
+        recipe: its files are not read.
+        images: to measure statistics on.
+        text: tokens of a prompt.
+        model, base: shapes of the diffusion model and of the base VAE, if not SD3.5-medium's.
+    """
+    run = replace(recipe.run, compile=False)
+    base = base or AutoencoderConfig()
+    if isinstance(recipe, AutoencoderRecipe):
+        network = recipe.losses.network
+        distance = empty(lambda: perceptual_shape(network)) if recipe.losses.perceptual else None
+        parts = autoencoder.Parts(empty(lambda: Autoencoder(base)), SD3, distance)
+        return AutoencoderTask(replace(recipe, run=run, start=None), images, parts)
+    shape = model or MMDiTConfig()
+    # Files are in fp16, which the position table stays in.
+    stored = {name: tensor.half() for name, tensor in empty(lambda: MMDiT(shape)).state_dict().items()}
+    davae = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
+    # Each step of sampling takes the same memory, and so does the second prediction of a guided one, but for a latent.
+    told = replace(recipe.recommended, steps=1, cfg=1.0)
+    plain = replace(recipe, run=run, start=None, latents=None, recommended=told)
+    return AdapterTask(plain, images, adapter.Parts(davae, Prompts(text, shape), stored))
+
+
+def empty(build: Callable[[], Module]) -> Module:
+    """What ``build`` makes, with weights that nothing was drawn for."""
+    with _disable_current_modes(), torch.device("meta"):
+        made = build()
+    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in made.state_dict().items()}
+    made.load_state_dict(state, assign=True)
+    return made
