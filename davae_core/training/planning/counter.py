@@ -58,6 +58,11 @@ class Counter(TorchDispatchMode):
         """Whether a tensor is in the computer's memory."""
         return tensor.untyped_storage()._cdata in self._elsewhere
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and to make sure of it at every operation takes time."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:

@@ -53,6 +53,7 @@ class Counted:
         forward: operations of the forward pass of one image.
         step: operations of a training step of one image.
         held: bytes that lie on the GPU between two phases.
+        image: bytes by which the backward pass grows with each image, about.
         peaks: the most bytes at once, by phase: step, sheet, statistics, export.
         cut: of what is held, bytes that FSDP divides among the GPUs; of these, ``weights`` are whole for the export.
         blocks: bytes of the two largest blocks that FSDP makes whole at a time.
@@ -62,6 +63,7 @@ class Counted:
     forward: float = 0.0
     step: float = 0.0
     held: int = 0
+    image: float = 0.0
     peaks: dict[str, int] = field(default_factory=dict)
     cut: int = 0
     weights: int = 0
@@ -124,10 +126,9 @@ def measure(
     batches = OnDevice([batch(memory, micro, recipe.data.size)], DEVICE)
     out = Counted()
     buckets = [prepare(player, out, several) for player in players]
-    memory.restart()
     for player in players:
         descend(player, batches, recipe, memory, out)
-    out.peaks["step"], out.held = memory.peak, memory.live
+    out.held = memory.live
     if not only_step:
         with ExitStack() as stack, torch.no_grad():
             memory.restart()
@@ -187,12 +188,18 @@ def prepare(player: loop.Player, out: Counted, several: bool) -> torch.Tensor | 
 
 def descend(player: loop.Player, batches: OnDevice, recipe: Recipe, memory: Memory, out: Counted) -> None:
     """The last micro-batch of a step and the step itself, as the loop takes them."""
-    before, images = memory.flops, len(batches[0]["image"])
+    memory.restart()
+    held, images = memory.live, len(batches[0]["image"])
     with loop.autocast(recipe.run, DEVICE):
         loss = player.phase(batches[0], player.phase.starts_at())["loss"]
-    out.forward += (memory.flops - before) / images
+    forward, peak = memory.flops, memory.peak
+    memory.restart()
     loss.backward()
-    out.step += (memory.flops - before) / images
+    out.forward += forward / images
+    out.step += (forward + memory.flops) / images
+    copies = 2 * sum(p.numel() for p in player.parameters.values())  # of the trained weights, in bf16
+    out.image = max(out.image, (memory.peak - held - copies) / images)
     nn.utils.clip_grad_norm_(player.parameters.values(), recipe.optimiser.clip)
     player.optimiser.step()
     player.ema.update(1)
+    out.peaks["step"] = max(out.peaks.get("step", 0), peak, memory.peak)

@@ -111,21 +111,15 @@ def plan(name: str, recipe: Recipe, config: PlanConfig) -> Plan:
 
 
 def largest(recipe: Recipe, share: int, config: PlanConfig) -> int:
-    """The most images at once whose step fits, at least 1; each guess is counted before it is believed."""
+    """The most images at once that fit, at least 1; what is guessed from the recipe's own number is counted."""
     choices = [part for part in range(1, share + 1) if share % part == 0]
-    tried: dict[int, int] = {}
-    guess = max(part for part in choices if part <= max(recipe.run.micro_batch, 1))
-    while guess not in tried:
-        counted = on_one(recipe, guess, config, only_step=True)
-        tried[guess] = counted.most
-        # Memory grows by the image: as between the two nearest that were tried, or from what is held without any.
-        (a, low), (b, high) = sorted([(0, counted.held), *tried.items()])[-2:]
-        each = max((high - low) / (b - a), 1.0)
-        unknown = [part for part in choices if high + (part - b) * each <= limit(config)]
-        fitting = [part for part, peak in tried.items() if peak <= limit(config)]
-        refused = min((part for part, peak in tried.items() if peak > limit(config)), default=share + 1)
-        guess = max([part for part in [*unknown, *fitting] if part < refused], default=1)
-    return guess
+    own = max(part for part in choices if part <= max(recipe.run.micro_batch, 1))
+    counted = on_one(recipe, own, config, only_step=True)
+    more = (limit(config) - counted.held - 2 * counted.trained) / counted.image
+    for part in reversed([part for part in choices if part <= max(more, 1)]):
+        if on_one(recipe, part, config).most <= limit(config):
+            return part
+    return 1
 
 
 def limit(config: PlanConfig) -> float:
