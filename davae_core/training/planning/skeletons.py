@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...autoencoder import Autoencoder, AutoencoderConfig
 from ...bases import SD3
 from ...davae import DAVAE, DAVAEConfig
+from ...embeddings import Embeddings, Encoded
 from ...mmdit import MMDiT, MMDiTConfig
 from ...perceptual import perceptual_shape
 from ..run.launch import Images
 from ..tasks import adapter, autoencoder
 from ..tasks.adapter import AdapterRecipe, AdapterTask
 from ..tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
-from ..text.embeddings import Embeddings, Encoded
 
 Module = TypeVar("Module", bound=nn.Module)
 Recipe = AdapterRecipe | AutoencoderRecipe
