@@ -19,7 +19,7 @@ from .carried import carry_over
 from .history import note_base
 from .model import AdaptedSD3, describe, is_sd3, model_config
 from .versions import archive_dtypes, inference_dtype, unload
-from .weights import NETWORK, original_weights, plain_weight, require_filled
+from .weights import NETWORK, original_weights, plain_weight, require_filled, tensor_of_its_own
 
 # What of the old configuration decides how weights are stored and computed with.
 _QUANTISED = ("scaled_fp8", "quant_config", "layer_quant_config")
@@ -92,7 +92,7 @@ class _Rebuild:
                 del state[name]
         state |= widen(plain, self.adapter, self.strength)
         if deep:
-            state = {name: tensor.clone() for name, tensor in state.items()}
+            state = {name: tensor_of_its_own(tensor, deep=True) for name, tensor in state.items()}
 
         with torch.no_grad():
             # Quantised layers make tensors of their own when they are built, so those cannot be built without memory.

@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
-from .weights import NETWORK, saved_weights
+from .weights import NETWORK, saved_weights, tensor_of_its_own
 
 _KEY = "davae_shared_trunk"
 
@@ -41,7 +41,7 @@ def _tie(patcher: ModelPatcher, base: ModelPatcher, own: set[str]) -> None:
     for key, weight in list(patcher.model.named_parameters()):
         source = saved.get(key, weights.get(key))
         if source is not None and key.startswith(NETWORK) and key not in own and _is_copy(weight, source):
-            comfy.utils.set_attr_param(patcher.model, key, source)
+            comfy.utils.set_attr_param(patcher.model, key, tensor_of_its_own(source))
 
 
 def _is_copy(a: Any, b: Any) -> bool:

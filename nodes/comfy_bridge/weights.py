@@ -30,8 +30,20 @@ def original_weights(patcher: ModelPatcher) -> dict[str, torch.Tensor]:
         if weight.is_meta:  # layers of GGUF loaders show their sizes alone, to have the memory counted
             weight = _attribute(patcher, key)
         if weight is not None:
-            found[key.removeprefix(NETWORK)] = stored(weight)
+            found[key.removeprefix(NETWORK)] = tensor_of_its_own(stored(weight))
     return found
+
+
+def tensor_of_its_own(tensor: torch.Tensor, deep: bool = False) -> torch.Tensor:
+    """Another tensor object on the same memory, or with ``deep`` on a copy of it.
+
+    Tensors of GGUF loaders carry their LoRA as an attribute, and give themselves for ``detach`` and ``clone``.
+    """
+    plain = tensor.data.as_subclass(torch.Tensor)
+    made = (plain.clone() if deep else plain).as_subclass(type(tensor.data))
+    for name, value in vars(tensor.data if type(tensor) is torch.nn.Parameter else tensor).items():
+        setattr(made, name, [] if name == "patches" else value)
+    return made
 
 
 def plain_weight(patcher: ModelPatcher, key: str) -> torch.Tensor:
