@@ -37,7 +37,7 @@ def read(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) 
 
 def _tensor(file: BinaryIO, data: int, place: dict, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=dtype)
-    room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    room = tensor.reshape(-1).view(torch.uint8).numpy().data
     start, end = place["data_offsets"]
     if end - start != room.nbytes:
         raise ValueError("a tensor has another size now")
