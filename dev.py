@@ -6,8 +6,9 @@
     python dev.py test     run the tests, in two workers where there are two cores; --all adds the slow ones;
                            arguments go to pytest
     python dev.py ui       serve ComfyUI with the pack on this machine
-    python dev.py soak     read damaged files with every loader and converter; --help tells the arguments
     python dev.py bench    time the models beside what a user would run instead; --help tells the arguments
+    python dev.py soak     disturb a server while it draws (--minutes N), or read damaged files with every loader and
+                           converter (--files N)
 
 Each task makes the environment first if it is not complete; interrupting it does no harm.
 
@@ -107,9 +108,10 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def soak(options: argparse.Namespace) -> int:
-    """Runs the fuzzers and gives back their exit code: 1 where something was found."""
+    """Runs the server soak, or the fuzzers, and gives back their exit code: 1 where something was found."""
     _, python = environment.prepare(say)
-    return run([str(python), "-m", "harness.soak", *options.rest])
+    fuzzers = any(argument.startswith(("--files", "--only")) for argument in options.rest)
+    return run([str(python), "-m", "harness.soak" if fuzzers else "harness.soak.server", *options.rest])
 
 
 def run(command: list[str], cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
@@ -147,8 +149,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     tests.usage = "dev.py test [--all] [--precision bf16 | fp32] [-n WORKERS] [pytest arguments]"
     benches = task(bench, "time the models beside what a user would run instead; all arguments go to the benchmarks")
     benches.usage = "dev.py bench [--quick | --long] [--json FILE] ..."
-    soaks = task(soak, "read damaged files with every loader and converter; all arguments go to the fuzzer")
-    soaks.usage = "dev.py soak [--files N] [--seed N] [--minutes N] ..."
+    soaks = task(soak, "disturb a server while it draws, or, with --files, read damaged files with every loader")
+    soaks.usage = "dev.py soak [--minutes N] [--seed N] ... | --files N [--seed N] ..."
     ui_parser = task(ui, "serve ComfyUI with the pack on this machine")
     ui_parser.add_argument("--port", type=int, default=8188, help="default: %(default)s")
 

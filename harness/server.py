@@ -19,7 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from json import JSONDecodeError, dumps, loads
 from pathlib import Path
@@ -42,17 +42,24 @@ class RealServer:
 
     Attributes:
         url: where it is.
+        arguments: flags of ComfyUI's beside those that a test server always has.
         base: its base directory.
         log_file: what it printed.
     """
 
     def __init__(
-        self, base: Path, comfyui: ComfyUI, python: str | Path = sys.executable, boot_timeout: float = 600.0
+        self,
+        base: Path,
+        comfyui: ComfyUI,
+        python: str | Path = sys.executable,
+        boot_timeout: float = 600.0,
+        arguments: Sequence[str] = (),
     ) -> None:
         self.base = Path(base).resolve()
         self.comfyui = comfyui
         self.python = python
         self.boot_timeout = boot_timeout
+        self.arguments = tuple(arguments)
         self.log_file = self.base / "server.log"
         self.url = ""
         self._process: subprocess.Popen | None = None
@@ -61,6 +68,7 @@ class RealServer:
         port = free_port()
         self.url = f"http://{HOST}:{port}"
         command = server_command(self.python, self.comfyui, self.base, port, cpu=os.environ.get("DAVAE_GPU") != "1")
+        command += self.arguments
         group = {"start_new_session": True} if os.name == "posix" else {}
         with self.log_file.open("wb") as output:
             self._process = subprocess.Popen(
@@ -90,6 +98,18 @@ class RealServer:
         else:
             subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
         process.wait()
+
+    def kill(self) -> None:
+        """Ends the server at once, in whatever it does: a power cut."""
+        process, self._process = self._process, None
+        if process is not None:
+            _kill_group(process, signal.SIGKILL) if os.name == "posix" else process.kill()
+            process.wait()
+
+    @property
+    def ended(self) -> int | None:
+        """The exit code of a server that ended by itself."""
+        return self._process.poll() if self._process is not None else None
 
     def log(self) -> str:
         """Everything that the server has printed."""
