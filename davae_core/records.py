@@ -58,7 +58,14 @@ class Found:
             number += 1
 
 
-def write(folder: Path, number: int, records: Mapping[str, Record], kind: str, about: Mapping[str, Any]) -> Path:
+def write(
+    folder: Path,
+    number: int,
+    records: Mapping[str, Record],
+    kind: str,
+    about: Mapping[str, Any],
+    names: Mapping[str, str] | None = None,
+) -> Path:
     """Write a shard, whole or not at all.
 
     Args:
@@ -67,10 +74,12 @@ def write(folder: Path, number: int, records: Mapping[str, Record], kind: str, a
         records: tensors by part, by key; keys have no dot.
         kind: what the set is.
         about: what it was made with; the same for all shards of a set.
+        names: what the records are of, for people, by key.
     """
     path = folder / f"shard_{number:06d}.safetensors"
     tensors = {f"{key}.{part}": tensor for key, record in records.items() for part, tensor in record.items()}
-    files.save(path, tensors, {"davae.kind": kind, "davae.about": json.dumps(about, sort_keys=True)})
+    told = {"davae.kind": kind, "davae.about": json.dumps(about, sort_keys=True)}
+    files.save(path, tensors, told | ({"davae.names": json.dumps(dict(names))} if names else {}))
     return path
 
 
@@ -172,24 +181,37 @@ class RecordSet:
         self.folder, self.maker = folder, maker
         told = _index(folder, kind, maker)
         self.about: dict[str, Any] = told["about"]
-        self._files, self._place = [], {}
+        self.names: dict[str, str] = {}
+        """What records are of, by key, where that was said."""
+        self._files: list[Path] = []
+        self._open: dict[int, Any] = {}
+        self._place: dict[str, int] = {}
         for number, shard in enumerate(told["shards"]):
             path = folder / shard["file"]
             whole = path.is_file() and path.stat().st_size == shard["bytes"]
-            if not whole or files.read_metadata(path)[1].get(files.HASH_KEY) != shard["sha256"]:
+            header = files.read_metadata(path)[1] if whole else {}
+            if header.get(files.HASH_KEY) != shard["sha256"]:
                 raise DAVAEError(f"{path} is missing or damaged; run {maker} again: it makes only what is missing")
-            self._files.append(safe_open(path, framework="pt", device="cpu"))
+            self._files.append(path)
+            self.names |= json.loads(header.get("davae.names", "{}"))
             self._place.update(dict.fromkeys(shard["keys"], number))
 
     def __contains__(self, key: str) -> bool:
         return key in self._place
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that load: each opens the files itself."""
+        return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
         return len(self._place)
 
     def get(self, key: str, parts: Iterable[str]) -> list[torch.Tensor]:
         """Parts of a record that is there."""
-        file = self._files[self._place[key]]
+        number = self._place[key]
+        if number not in self._open:
+            self._open[number] = safe_open(self._files[number], framework="pt", device="cpu")
+        file = self._open[number]
         return [file.get_tensor(f"{key}.{part}") for part in parts]
 
 

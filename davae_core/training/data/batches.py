@@ -35,19 +35,21 @@ class Draw:
 class BatchPlan:
     """The global batch of every step.
 
-    An epoch goes through every bucket in a random order of its own; the last batch of a bucket is filled up with the
-    bucket's first images in that order. The batches of all buckets are then mixed.
+    An epoch goes through every bucket in a random order of its own: through each image as often as it has repeats, in
+    a batch at most once. So a bucket of fewer images than a batch gives short batches; another's last one is filled
+    up with the bucket's first images in that order. The batches of all buckets are then mixed.
 
     Args:
         bucket_of: bucket of each image; the images of a batch come from one bucket.
         batch: images per step, over all processes.
         seed: of all orders and of the seeds of the draws.
+        repeats: how often an epoch goes through each image; None: once through all.
 
     Raises:
         DAVAEError: no images, or a batch below 1.
     """
 
-    def __init__(self, bucket_of: Sequence[int], batch: int, seed: int) -> None:
+    def __init__(self, bucket_of: Sequence[int], batch: int, seed: int, repeats: Sequence[int] | None = None) -> None:
         if not len(bucket_of) or batch < 1:
             raise DAVAEError(f"batches need at least one image and one place, got {len(bucket_of)} images, {batch=}")
         self.batch_size, self.seed = batch, seed
@@ -55,11 +57,13 @@ class BatchPlan:
         for index, bucket in enumerate(bucket_of):
             members.setdefault(bucket, []).append(index)
         self.members = {bucket: torch.tensor(members[bucket]) for bucket in sorted(members)}
-        self.steps_per_epoch = sum(-(-len(indices) // batch) for indices in self.members.values())
-        self._known: tuple[int, torch.Tensor] | None = None
+        self.repeats = torch.tensor(repeats) if repeats is not None else torch.ones(len(bucket_of), dtype=torch.long)
+        self._batches = {bucket: self._count(indices) for bucket, indices in self.members.items()}
+        self.steps_per_epoch = sum(self._batches.values())
+        self._known: tuple[int, list[torch.Tensor]] | None = None
 
     def batch(self, step: int) -> list[Draw]:
-        """The draws of a step, by position."""
+        """The draws of a step, by position: at most ``batch_size``."""
         epoch, place = divmod(step, self.steps_per_epoch)
         indices = self._epoch(epoch)[place].tolist()
         return [
@@ -67,17 +71,77 @@ class BatchPlan:
             for position, index in enumerate(indices)
         ]
 
-    def _epoch(self, epoch: int) -> torch.Tensor:
-        """Image indices ``[steps_per_epoch, batch]``; that of the last epoch asked for is kept."""
+    def _count(self, indices: torch.Tensor) -> int:
+        """Batches of a bucket in an epoch: enough for all, and for an image to be in as many as it has repeats."""
+        repeats = self.repeats[indices]
+        return max(-(-int(repeats.sum()) // self.batch_size), int(repeats.max()))
+
+    def _epoch(self, epoch: int) -> list[torch.Tensor]:
+        """Image indices of each batch of an epoch; those of the last epoch asked for are kept."""
         if self._known is None or self._known[0] != epoch:
             rows = []
             for bucket, indices in self.members.items():
                 order = indices[_permutation(len(indices), self.seed, SHUFFLE_IMAGES, epoch, bucket)]
-                places = torch.arange(-(-len(order) // self.batch_size) * self.batch_size) % len(order)
-                rows.append(order[places].view(-1, self.batch_size))
-            plan = torch.cat(rows)
-            self._known = epoch, plan[_permutation(len(plan), self.seed, SHUFFLE_BATCHES, epoch)]
+                rows += self._dealt(order, self._batches[bucket])
+            plan = _permutation(len(rows), self.seed, SHUFFLE_BATCHES, epoch).tolist()
+            self._known = epoch, [rows[i] for i in plan]
         return self._known[1]
+
+    def _dealt(self, order: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """Images in this order in ``count`` batches, one after another; with repeats dealt like cards: copies of one
+        image, at most ``count``, lie side by side and so come into different batches."""
+        times, whole = self.repeats[order], len(order) >= self.batch_size
+        if int(times.max()) == 1:
+            filled = order.repeat(2)[: count * self.batch_size] if whole else order
+            return list(filled.split(self.batch_size))
+        missing = count * self.batch_size - int(times.sum())
+        if whole and missing < self.batch_size:
+            times[(times < count).nonzero()[:missing, 0]] += 1
+        copies = order.repeat_interleave(times)
+        return [copies[first::count] for first in range(count)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch of one process.
+
+    Attributes:
+        draws: its images, at least one.
+        micro, micros: its number, from 0, and how many every process has in this step.
+        share: what the mean of its losses counts in the sum over the process's micro-batches, so that the mean of the
+            sums over processes is the mean over the batch. 0 where there was no image left for it; it then has one of
+            another part, because every process must take part in every step.
+    """
+
+    draws: list[Draw]
+    micro: int
+    micros: int
+    share: float
+
+
+def parts(batch: Sequence[Draw], rank: int, world: int, size: int | None) -> list[Part]:
+    """A process's part of a batch, in micro-batches.
+
+    Args:
+        batch: of all processes; divided as evenly as it can be, in its order.
+        rank, world: this process and how many there are.
+        size: images in a micro-batch at most; None: all of a process.
+    """
+    most = -(-len(batch) // world)
+    micros = -(-most // (size or most))
+    mine = _cut(batch, world)[rank]
+    made = []
+    for micro, draws in enumerate(_cut(mine, micros)):
+        share = world * len(draws) / len(batch)
+        made.append(Part(list(draws) or [batch[-1]], micro, micros, share))
+    return made
+
+
+def _cut(things: Sequence[Draw], count: int) -> list[Sequence[Draw]]:
+    """``count`` pieces, one after another, the longer ones first; none differ by more than one in length."""
+    each, more = divmod(len(things), count)
+    ends = [each * i + min(i, more) for i in range(count + 1)]
+    return [things[start:end] for start, end in zip(ends, ends[1:], strict=False)]
 
 
 def sample_seed(seed: int, *numbers: int) -> int:

@@ -1,11 +1,31 @@
-"""Latents of small image sets are computed once."""
+"""Latents of images are computed once: kept in memory by content, or on disk by what they were made of."""
 
 import hashlib
 from collections.abc import Callable
 
 import torch
 
+from . import cutting
+from .listing import Source
+
 Encode = Callable[[torch.Tensor], torch.Tensor]
+Latents = Callable[[str], torch.Tensor]
+"""A key of :func:`latent_key` to the latent ``[c, h, w]``, float32 in the model's units."""
+
+KEYS = "source, crop, flip"  # what a key tells of; another word wherever images are read or cut in another way
+
+
+def latent_key(source: Source, shape: tuple[int, int], mirrored: bool) -> str:
+    """The name of the latent of an image that is cut to ``shape`` (width, height) at the centre.
+
+    Args:
+        source: the image; its pixels are not read.
+        shape: what it is cut to.
+        mirrored: whether it is then mirrored.
+    """
+    size = cutting.covering(source.size, shape)
+    told = f"{source.identity} {size} {shape} centre {mirrored}"
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
 def image_key(image: torch.Tensor) -> bytes:

@@ -3,13 +3,14 @@
     python -m davae_core.training latents --data.images photos --data.size 1024 --autoencoder davae.safetensors \\
         --out latents
 
-A latent is found again by the pixels of its image, as they are after cropping and mirroring: use the same images, size,
-buckets and flip as in the training, and no random crops. What is not yet written, or damaged, is computed when the
-command is run again.
+A latent is found again by its image (a fingerprint of the encoded file, wherever it lies), the crop and the mirroring:
+use the same size, buckets and flip as in the training, and no random crops. Images that are held out have latents too.
+What is not yet written, or damaged, or of an image that has changed, is computed when the command is run again.
 """
 
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +20,24 @@ import tyro
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ... import checkpoints, records
+from ... import atomic, checkpoints, records
+from ...checkpoints import foreign_json
 from ...davae import DAVAE
 from ...errors import DAVAEError
 from ...mmdit import MMDiTConfig
+from . import survey
 from .batches import Draw, sample_seed
-from .dataset import FLIP, DataConfig, ImageData, Item, nearest_shape, shapes
-from .latents import image_key
-from .sources import index, sizes
+from .config import DataConfig
+from .dataset import FLIP, ImageData, Item, fixed
+from .latents import KEYS, latent_key
+from .survey import Collection
 
 KIND, MAKER = "latents", "python -m davae_core.training latents"
+BROKEN = "unreadable.json"  # reasons by key
+RANDOM = (
+    "images that are cropped at random have no latent that could be kept: leave out --data.random-crop, here and in "
+    "the training"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +62,11 @@ class LatentsConfig:
         if self.shard < 1:
             raise DAVAEError(f"shard must be at least 1, got {self.shard}")
         if self.data.random_crop:
-            raise DAVAEError(
-                "images that are cropped at random have no latent that could be kept: leave out --data.random-crop, "
-                "here and in the training"
-            )
+            raise DAVAEError(RANDOM)
 
 
 class StoredLatents:
-    """Images to their latents, by content.
+    """Keys of :func:`davae_core.training.data.latents.latent_key` to latents.
 
     Args:
         kept: shards of latents.
@@ -69,29 +75,61 @@ class StoredLatents:
     def __init__(self, kept: records.RecordSet) -> None:
         self.kept = kept
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The latents of images ``[B, 3, H, W]``, in the model's units, fp32 on the device of the images.
+    def __call__(self, key: str) -> torch.Tensor:
+        """The latent ``[c, h, w]`` of a key, in the model's units, fp32.
 
         Raises:
-            DAVAEError: an image was not encoded.
+            DAVAEError: it was not computed.
         """
-        keys = [image_key(image).hex() for image in x]
-        missing = sum(key not in self.kept for key in keys)
+        if key not in self.kept:
+            raise DAVAEError(f"{self.kept.folder} lacks a latent that is asked for; run {MAKER} again")
+        return self.kept.get(key, ["z"])[0].float()
+
+    def fitted(self, found: Collection, config: DataConfig) -> Collection:
+        """The images of a training without those that had no latent because they could not be read.
+
+        Raises:
+            DAVAEError: another image has no latent. Those that have changed since are told from new ones.
+        """
+        if config.random_crop:
+            raise DAVAEError(RANDOM)
+        names, ways = set(self.kept.names.values()), (False, True) if config.flip else (False,)
+        path = self.kept.folder / BROKEN
+        broken = foreign_json.read(path) if path.is_file() else {}
+        missing: dict[str, list[str]] = {}
+        kept = []
+        for i, (source, bucket) in enumerate(zip(found.sources, found.bucket_of, strict=True)):
+            keys = [latent_key(source, found.shapes[bucket], mirrored) for mirrored in ways]
+            if why := next((broken[key] for key in keys if key in broken), None):
+                found.table.left_out.setdefault(survey.UNREADABLE, []).append(f"{source.name}: {why}")
+            elif all(key in self.kept for key in keys):
+                kept.append(i)
+            else:
+                known = source.name in names
+                why = "have changed since, or are now cut or mirrored in another way" if known else "are not in it"
+                missing.setdefault(why, []).append(source.name)
         if missing:
+            told = "; ".join(f"{len(some)} {why}, for example {some[0]}" for why, some in missing.items())
             raise DAVAEError(
-                f"{self.kept.folder} has no latent of {missing} of {len(keys)} images of a batch; run {MAKER} again "
-                "with the --data.images, size, buckets and flip of this training (random crops cannot be kept)"
+                f"the latents in {self.kept.folder} do not fit this training: of {len(found.sources)} images {told}. "
+                f"Run {MAKER} again with its --data.images, size, buckets and flip: it computes only what is missing"
             )
-        return torch.stack([self.kept.get(key, ["z"])[0].float() for key in keys]).to(x.device)
+        return replace(found, sources=[found.sources[i] for i in kept], bucket_of=[found.bucket_of[i] for i in kept])
 
 
 def load_latents(folder: Path, autoencoder: Path) -> StoredLatents:
     """Open a finished set of latents.
 
     Raises:
-        DAVAEError: it is not finished or damaged, or was made with another DA-VAE than the file ``autoencoder``.
+        DAVAEError: it is not finished or damaged, was made with another DA-VAE than the file ``autoencoder``, or by an
+            older version that found latents by pixels.
     """
     kept = records.RecordSet(folder, KIND, MAKER)
+    if kept.about.get("keys") != KEYS:
+        raise DAVAEError(
+            f"the latents in {folder} were written by another version, which kept them by "
+            f"{kept.about.get('keys', 'the pixels')}, not by {KEYS}; make them anew in another folder ({MAKER})"
+        )
     if kept.about["autoencoder"] != records.fingerprint([autoencoder]):
         raise DAVAEError(
             f"the latents in {folder} are not of the DA-VAE {autoencoder}; give the one they were made with, or make "
@@ -100,60 +138,67 @@ def load_latents(folder: Path, autoencoder: Path) -> StoredLatents:
     return StoredLatents(kept)
 
 
-def items(config: DataConfig, multiple: int) -> Iterator[Item]:
-    """Every image as the training sees it, and its mirror image where that is asked for too; without unreadable ones.
+def items(config: DataConfig, found: Collection, known: Container[str]) -> Iterator[tuple[str, Item]]:
+    """Key and image of every latent that is not known: each image as the training sees it, and its mirror image where
+    that is asked for too. An unreadable one has the reason in ``broken``.
 
     Args:
-        config: the images.
-        multiple: sides are multiples of it.
+        config: how images are cut and mirrored.
+        found: the images.
+        known: keys of latents that are there.
     """
-    cuts = shapes(config.size, multiple, config.buckets)
-    sources = index(config.images)
-    bucket_of = [0] * len(sources)
-    if config.buckets:
-        bucket_of = [nearest_shape(size or (1, 1), cuts) for size in sizes(sources)]
+    sources, buckets = [*found.sources, *found.held], [*found.bucket_of, *found.held_bucket_of]
     # Seeds of draws that leave an image as it is and that mirror it.
-    straight, mirrored = (next(seed for seed in range(64) if sample_seed(seed, FLIP) % 2 == want) for want in (0, 1))
-    seeds = (straight, mirrored) if config.flip else (straight,)
-    draws = [Draw(i, 0, 0, 0, seed) for i in range(len(sources)) for seed in seeds]
-    data = ImageData(sources, cuts, bucket_of, replace(config, cache=False, max_broken=0))
-    loading: DataLoader = DataLoader(data, batch_size=None, sampler=draws, num_workers=config.workers)
-    for item in loading:
-        if item["broken"]:
-            logger.warning("could not read %s: it has no latent", item["broken"][0])
-        else:
-            yield item
+    seeds = {
+        want: next(seed for seed in range(64) if bool(sample_seed(seed, FLIP) % 2) == want) for want in (False, True)
+    }
+    wanted: dict[str, Draw] = {}
+    for i, source in enumerate(sources):
+        for mirrored in (False, True) if config.flip else (False,):
+            key = latent_key(source, found.shapes[buckets[i]], mirrored)
+            if key not in known:
+                wanted.setdefault(key, Draw(i, 0, 0, 0, seeds[mirrored]))
+    data = ImageData(sources, found.shapes, buckets, fixed(config))
+    loading: DataLoader = DataLoader(data, batch_size=None, sampler=list(wanted.values()), num_workers=config.workers)
+    for key, item in zip(tqdm(wanted, unit="image", disable=not wanted), loading, strict=True):
+        for name, why in item["broken"].items():
+            logger.warning("could not read %s: %s; it has no latent", name, why)
+        yield key, item
 
 
 @torch.no_grad()
-def encode_all(davae: DAVAE, found: Iterator[Item], out: Path, about: dict[str, Any], config: LatentsConfig) -> int:
-    """Encode the images that are missing in ``out``; returns how many.
+def encode_all(davae: DAVAE, found: Collection, out: Path, about: dict[str, Any], config: LatentsConfig) -> int:
+    """Encode the images that are missing in ``out``; returns how many latents that were.
 
     Each is encoded by itself, because the last bits of a latent depend on the size of the batch.
 
     Raises:
-        DAVAEError: ``out`` was made with another DA-VAE; a latent cannot be stored.
+        DAVAEError: ``out`` was made with another DA-VAE or another version; a latent cannot be stored.
     """
     there = records.survey(out, KIND, about)
     for path in there.damaged:
         logger.warning("%s is damaged: its images are encoded again", path)
         path.unlink()
-    known, free, done = there.keys, there.free, 0
+    free, done = there.free, 0
     device = next(davae.parameters()).device
     made: dict[str, records.Record] = {}
-    for item in tqdm(found, unit="image"):
-        key = image_key(item["image"]).hex()
-        if key in known:
+    names: dict[str, str] = {}
+    broken: dict[str, str] = {}
+    for key, item in items(config.data, found, there.keys):
+        if item["broken"]:
+            broken[key] = "; ".join(item["broken"].values())
             continue
         z = davae.latent.normalise(davae.encode(item["image"][None].to(device)).float())[0].cpu()
         made[key] = records.stored({"z": z}, records.DTYPES[config.dtype], item["name"])
-        known.add(key)
+        names[key] = item["name"]
         done += 1
         if len(made) == config.shard:
-            records.write(out, next(free), made, KIND, about)
-            made = {}
+            records.write(out, next(free), made, KIND, about, names)
+            made, names = {}, {}
     if made:
-        records.write(out, next(free), made, KIND, about)
+        records.write(out, next(free), made, KIND, about, names)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic.write(out / BROKEN, json.dumps(broken).encode())
     records.finish(out, KIND, about)
     return done
 
@@ -164,8 +209,9 @@ def main(args: list[str] | None = None) -> int:
     config = tyro.cli(LatentsConfig, description=__doc__, args=args)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     davae = checkpoints.load_autoencoder(config.autoencoder, torch.float32).requires_grad_(False).to(device)
-    about = {"autoencoder": records.fingerprint([config.autoencoder]), "dtype": config.dtype}
-    found = items(config.data, davae.latent.factor * MMDiTConfig.patch)
+    about = {"autoencoder": records.fingerprint([config.autoencoder]), "dtype": config.dtype, "keys": KEYS}
+    found = survey.collect(config.data, davae.latent.factor * MMDiTConfig.patch)
+    logger.info("%s", found.table)
     done = encode_all(davae, found, config.out, about, config)
     logger.info("%d latents were added to %s", done, config.out)
     return 0

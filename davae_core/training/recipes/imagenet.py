@@ -8,7 +8,7 @@ Source: arXiv 2603.22125 and the configuration and code of the authors' release 
 
 from pathlib import Path
 
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..objective import ReconstructionConfig
 from ..run.config import OptimiserConfig, RunConfig
 from ..tasks.autoencoder import AlignmentConfig, AutoencoderRecipe

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from ...adapter import PAPER_TARGETS, Recommended
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..objective import FlowConfig
 from ..run.config import OptimiserConfig, RunConfig
 from ..tasks.adapter import AdapterRecipe

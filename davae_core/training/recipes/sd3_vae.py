@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..objective import ReconstructionConfig
 from ..run.config import OptimiserConfig, RunConfig
 from ..tasks.autoencoder import AlignmentConfig, AutoencoderRecipe

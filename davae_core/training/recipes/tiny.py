@@ -9,7 +9,7 @@ from ... import tiny
 from ...adapter import PAPER_TARGETS, Recommended
 from ...autoencoder import AutoencoderConfig
 from ...mmdit import MMDiTConfig
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..objective import ReconstructionConfig
 from ..places import SIZES, folder
 from ..run.config import OptimiserConfig, RunConfig

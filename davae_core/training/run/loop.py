@@ -194,9 +194,9 @@ def _descend(
         with _syncing(player, i == len(micros) - 1, accelerator):
             with autocast(run, accelerator.device):
                 losses = player.wrapped(batch, step)
-            (losses["loss"] / len(micros)).backward()
+            (losses["loss"] * batch["share"]).backward()
         for name, value in losses.items():
-            part = value.detach().float() / len(micros)
+            part = value.detach().float() * batch["share"]
             sums[name] = sums[name] + part if name in sums else part
     reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
     norm = sharding.whole(nn.utils.clip_grad_norm_(player.parameters.values(), clip))

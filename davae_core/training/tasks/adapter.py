@@ -26,7 +26,7 @@ from ...mmdit import MMDiTConfig
 from ...prompts import encode, source
 from ...text_encoder import TextEncoder
 from .. import pretrained
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..data.latents import Encode, LatentCache
 from ..data.stored_latents import load_latents
@@ -98,7 +98,7 @@ class AdapterPhase(Phase):
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
         recipe = self.recipe
-        z = self.latents(batch["image"])
+        z = batch["latent"] if "latent" in batch else self.latents(batch["image"])
         draws = Draws(recipe.run.seed, step, batch["position"])
         captions = thinned(batch["caption"], draws, recipe.flow.prompt_dropout, recipe.flow.word_dropout)
         point = noised(z, draws, recipe.flow)
@@ -178,9 +178,7 @@ class AdapterTask:
             self.model.checkpoint_blocks()
         if recipe.run.compile:
             self.model.compile()
-        latents: Encode = LatentCache(self.encode, recipe.keep_latents)
-        if recipe.latents is not None:
-            latents = load_latents(recipe.latents, recipe.autoencoder)
+        latents = LatentCache(self.encode, recipe.keep_latents)
         self.held_out = LatentCache(self.encode, keep=True)
         self.phases: dict[str, Phase] = {"adapter": AdapterPhase(self.model, recipe, self.text, latents)}
 
@@ -256,4 +254,5 @@ def train(recipe: AdapterRecipe) -> int:
     """Train on the images of the recipe; the exit code."""
     davae = checkpoints.load_autoencoder(recipe.autoencoder)
     patch = MMDiTConfig.patch
-    return launch(recipe, davae.latent.factor * patch, lambda images: AdapterTask(recipe, images))
+    latents = load_latents(recipe.latents, recipe.autoencoder) if recipe.latents else None
+    return launch(recipe, davae.latent.factor * patch, lambda images: AdapterTask(recipe, images), latents=latents)

@@ -26,7 +26,7 @@ from ...images import tile
 from ...metrics import resize_bicubic
 from ...perceptual import PerceptualDistance
 from .. import pretrained
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..objective import Reconstruction, ReconstructionConfig, sampled, start_certain, statistics
 from ..run.config import OptimiserConfig, RunConfig

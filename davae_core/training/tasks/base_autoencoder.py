@@ -16,7 +16,7 @@ from ...autoencoder import Autoencoder, AutoencoderConfig
 from ...checkpoints import files
 from ...held_out import flat, reconstruction_errors
 from ...images import tile
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..objective import Reconstruction, ReconstructionConfig, sampled, start_certain, statistics
 from ..run.config import OptimiserConfig, RunConfig

@@ -22,7 +22,7 @@ from ...mmdit import MMDiT, MMDiTConfig, sincos_grid
 from ...text_encoder import TextEncoder, TextEncoderConfig
 from .. import pretrained
 from ..data import sources
-from ..data.dataset import DataConfig
+from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..data.latents import LatentCache
 from ..objective import FlowConfig, noised

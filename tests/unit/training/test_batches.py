@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from davae_core.errors import DAVAEError
-from davae_core.training.data.batches import BatchPlan, sample_seed
+from davae_core.training.data.batches import BatchPlan, parts, sample_seed
 
 
 def plans(count: int) -> list[BatchPlan]:
@@ -15,7 +15,8 @@ def plans(count: int) -> list[BatchPlan]:
     for seed in range(count):
         buckets = dice.randint(1, 7)
         bucket_of = [dice.randrange(buckets) for _ in range(dice.choice([1, 2, 10, 63, 64, 65, 300]))]
-        made.append(BatchPlan(bucket_of, dice.choice([1, 2, 7, 64]), seed))
+        repeats = [dice.choice([1, 1, 2, 9]) for _ in bucket_of] if seed % 2 else None
+        made.append(BatchPlan(bucket_of, dice.choice([1, 2, 7, 64]), seed, repeats))
     return made
 
 
@@ -29,21 +30,63 @@ def epoch(plan: BatchPlan, number: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("plan", plans(20))
-def test_every_image_is_seen_in_every_epoch_and_as_evenly_as_whole_batches_allow(plan: BatchPlan) -> None:
+def test_every_image_is_seen_as_often_as_it_has_repeats_or_once_more_where_that_fills_batches(plan: BatchPlan) -> None:
     for number in (0, 3):
         seen = Counter(index for batch in epoch(plan, number) for index in batch)
         for indices in plan.members.values():
-            counts = [seen.pop(int(index)) for index in indices]
-            assert min(counts) >= 1
-            assert max(counts) - min(counts) <= 1
+            more = [seen.pop(int(index)) - int(plan.repeats[index]) for index in indices]
+            assert set(more) <= ({0, 1} if len(indices) >= plan.batch_size else {0})
         assert not seen
 
 
 @pytest.mark.parametrize("plan", plans(20))
-def test_a_batch_is_full_and_from_one_bucket(plan: BatchPlan) -> None:
+def test_a_batch_is_from_one_bucket_and_holds_no_image_twice(plan: BatchPlan) -> None:
     for batch in epoch(plan, 1):
-        assert len(batch) == plan.batch_size
+        assert 1 <= len(batch) == len(set(batch)) <= plan.batch_size
         assert len({bucket_of(plan, index) for index in batch}) == 1
+
+
+@pytest.mark.parametrize("images", [64, 65, 129, 300])
+def test_batches_are_full_where_a_bucket_has_enough_images(images: int) -> None:
+    assert {len(batch) for batch in epoch(BatchPlan([0] * images, 64, 0), 2)} == {64}
+
+
+def test_a_bucket_of_fewer_images_than_a_batch_gives_all_of_them_once() -> None:
+    # 70 squares and 3 wide images: the wide ones are one short batch, not three images ninety-six times.
+    batches = epoch(BatchPlan([0] * 70 + [1] * 3, 64, 0), 0)
+    assert sorted(len(batch) for batch in batches) == [3, 64, 64]
+    assert {70, 71, 72} in [set(batch) for batch in batches]
+
+
+def test_repeats_weigh_images_and_never_come_together() -> None:
+    plan = BatchPlan([0] * 100, 16, 0, [9] * 20 + [1] * 80)
+    seen = Counter(index for number in range(4) for batch in epoch(plan, number) for index in batch)
+    assert sum(seen[i] for i in range(20)) == pytest.approx(4 * 180, abs=4 * 16)
+    assert all(len(batch) == len(set(batch)) for batch in epoch(plan, 1))
+
+
+def test_three_images_repeated_often_are_as_many_batches() -> None:
+    batches = epoch(BatchPlan([0] * 3, 16, 0, [5, 5, 2]), 0)
+    assert sorted(len(batch) for batch in batches) == [2, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("size", [1, 3, 6, 64])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro", [None, 1, 2, 5])
+def test_any_batch_is_divided_among_processes_and_each_image_counts_the_same(
+    size: int, world: int, micro: int | None
+) -> None:
+    batch = BatchPlan([0] * size, 64, 0).batch(0)
+    shares = [parts(batch, rank, world, micro) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1  # or gradients would wait for a part that never comes
+    counted = {draw.position: 0.0 for draw in batch}
+    for share in shares:
+        for number, part in enumerate(share):
+            assert (part.micro, part.micros) == (number, len(share))
+            assert 1 <= len(part.draws) <= (micro or size)
+            for draw in part.draws:  # a mean over the part times its share, and then a mean over processes
+                counted[draw.position] += part.share / len(part.draws) / world
+    assert list(counted.values()) == pytest.approx([1 / size] * size)
 
 
 @pytest.mark.parametrize("plan", plans(6))

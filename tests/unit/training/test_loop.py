@@ -75,7 +75,7 @@ class LineTask:
 
 def batches(start: int) -> Iterator[Batch]:
     for step in itertools.count(start):
-        yield {"step": step, "micro": 0, "micros": 1}
+        yield {"step": step, "micro": 0, "micros": 1, "share": 1.0}
 
 
 def train(task: LineTask, out: Path, steps: int = 8, **options: Any) -> int:
