@@ -1,5 +1,6 @@
 """The pretrained models a training starts from, out of the files people have."""
 
+import json
 from pathlib import Path
 
 from .. import bases
@@ -9,22 +10,32 @@ from ..checkpoints.opening import open_any
 from ..errors import CheckpointError
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+BASE = "base_"  # before the names of the base VAE's tensors in a DA-VAE
 
 
 def base_vae(path: Path) -> Autoencoder:
-    """The VAE in a file or folder of any layout (alone, in a whole checkpoint, of diffusers); in fp32.
+    """The VAE in a file or folder of any layout (alone, in a whole checkpoint, of diffusers, under a DA-VAE); in fp32.
 
-    Of a whole checkpoint no more than the VAE is read.
+    Of a whole checkpoint, and of a DA-VAE, no more than the VAE is read.
 
     Raises:
         CheckpointError: the file cannot be read or holds no such autoencoder.
     """
     opened = open_any(path)
-    if "vae" not in opened.parts:
+    if opened.detected.kind == "autoencoder":
+        stored = opened.stored.renamed(
+            {name.removeprefix(BASE): name for name in opened.stored if name.startswith(BASE)}
+        )
+        if not any(name.startswith("decoder.") for name in stored):
+            raise CheckpointError(
+                f"{path.name} is a DA-VAE that was saved without its base VAE's decoder; give the file of that VAE"
+            )
+    elif "vae" in opened.parts:
+        stored = opened.parts["vae"].native
+    else:
         raise CheckpointError(
             f"{path.name} holds no VAE that a DA-VAE can be made on: it is {opened.detected.description}"
         )
-    stored = opened.parts["vae"].native
     state = {name: stored[name].float() for name in stored if name.startswith(VAE_PARTS)}
     try:
         model = Autoencoder(AutoencoderConfig.from_state_dict(state))
@@ -36,5 +47,11 @@ def base_vae(path: Path) -> Autoencoder:
 
 
 def base_of_file(path: Path, config: AutoencoderConfig, family: str = "") -> bases.Base:
-    """Which base model the VAE in a file belongs to, see :func:`davae_core.bases.base_of`."""
-    return bases.base_of(config, family, dict(open_any(path).told))
+    """Which base model the VAE in a file belongs to: :func:`davae_core.bases.base_of`; a DA-VAE's, by its units."""
+    told = dict(open_any(path).told)
+    latent = json.loads(told.get("davae.config", "{}")).get("latent", {})
+    if latent and not family:
+        normalisation = latent.get("base_shift"), latent.get("base_scale")
+        known = bases.base_of_latent(config.latent_channels, config.factor, normalisation)
+        family = known.name if known else ""
+    return bases.base_of(config, family, told)

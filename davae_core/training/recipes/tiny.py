@@ -44,7 +44,7 @@ def base_dit_recipe(size: str) -> base_dit.BaseDiTRecipe:
     """
     return base_dit.BaseDiTRecipe(
         data=DataConfig(
-            _images(size, *["train"] * 9, "other"), size=SIZES[size] // 2, flip=False, workers=0, cache=True
+            _images(size, "train::repeats=9", "other"), size=SIZES[size] // 2, flip=False, workers=0, cache=True
         ),
         run=RunConfig(folder(size, "base_dit"), steps=8000, batch=64),
         autoencoder=folder(size, "base_autoencoder") / tiny.BASE_AUTOENCODER,

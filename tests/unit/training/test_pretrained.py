@@ -1,12 +1,13 @@
 """Base models out of the files people have."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from davae_core import tiny
+from davae_core import bases, checkpoints, tiny
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.checkpoints import files
 from davae_core.checkpoints.diffusers_names import transformer_rules, vae_rules
@@ -70,6 +71,33 @@ def test_the_vae_of_a_diffusers_folder_loads(tmp_path: Path) -> None:
     files.save(tmp_path / "vae/diffusion_pytorch_model.safetensors", dict(theirs), {})
     found = pretrained.base_vae(tmp_path).state_dict()
     assert found.keys() == native.keys() and all(torch.equal(found[name], native[name]) for name in native)
+
+
+def test_the_base_vae_of_a_da_vae_is_taken_out_of_it() -> None:
+    path = tiny.FOLDERS["vae"] / tiny.AUTOENCODER
+    davae, base = checkpoints.load_autoencoder(path, torch.float32), pretrained.base_vae(path)
+    assert davae.base_decoder is not None
+    for part, theirs in ((base.encoder, davae.base_encoder), (base.decoder, davae.base_decoder)):
+        state = theirs.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in part.state_dict().items())
+    assert pretrained.base_of_file(path, base.config).name == "sd3"
+    assert pretrained.diffusion_model(tiny.FOLDERS["diffusion_models"] / tiny.MODEL)["pos_embed"].ndim == 3
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_da_vae_says_by_its_units_whose_base_it_holds(family: str, tmp_path: Path) -> None:
+    shift, scale = bases.BASES[family].normalisation or (0.0, 0.0)
+    told = {"davae.config": json.dumps({"latent": {"base_shift": shift, "base_scale": scale}})}
+    files.save(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, told)
+    config = AutoencoderConfig(latent_channels=4, quant_conv=True)
+    assert pretrained.base_of_file(tmp_path / "x.safetensors", config).name == family
+
+
+def test_a_da_vae_without_its_base_decoder_is_named(tmp_path: Path) -> None:
+    tensors, told = files.read(tiny.FOLDERS["vae"] / tiny.AUTOENCODER)
+    files.save(tmp_path / "x.safetensors", {n: t for n, t in tensors.items() if "base_decoder" not in n}, told)
+    with pytest.raises(CheckpointError, match="saved without its base VAE's decoder"):
+        pretrained.base_vae(tmp_path / "x.safetensors")
 
 
 def test_what_is_no_base_model_is_named(tmp_path: Path) -> None:
