@@ -58,19 +58,19 @@ def decoded(data: bytes) -> tuple[str, str]:
     Raises:
         ValueError: it is no text.
     """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16"), "UTF-16"
-    if b"\0" in data:
-        order = "le" if data[1::2].count(0) > data[::2].count(0) else "be"
-        text, encoding = data.decode(f"utf-16-{order}"), "UTF-16"
-    else:
+    order = "le" if data[1::2].count(0) > data[::2].count(0) else "be"
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    guesses = (("utf-16", "UTF-16"),) if marked else (("utf-8-sig", UTF8), ("cp1252", WINDOWS))
+    if b"\0" in data and not marked:
+        guesses = ((f"utf-16-{order}", "UTF-16"),)
+    for codec, name in guesses:
         try:
-            return data.decode("utf-8-sig"), UTF8
+            text = data.decode(codec)
         except UnicodeDecodeError:
-            text, encoding = data.decode("cp1252"), WINDOWS
-    if any(ord(letter) < 32 and not letter.isspace() for letter in text):
-        raise ValueError("it holds control characters: it is no text")
-    return text, encoding
+            continue
+        if all(ord(letter) >= ord(" ") or letter.isspace() for letter in text):
+            return text, name
+    raise ValueError("it is no text in UTF-8, UTF-16 or Windows-1252")
 
 
 def one_line(text: str) -> str:

@@ -50,7 +50,7 @@ class Table:
         """Write it as ``data.json``."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
-        atomic.write(path, json.dumps(self.told(), indent=2, ensure_ascii=False).encode("utf-8", "surrogateescape"))
+        atomic.write(path, json.dumps(self.told(), indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace"))
         return path
 
     def __str__(self) -> str:

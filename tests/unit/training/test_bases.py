@@ -16,6 +16,7 @@ from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.training import recipes
 from davae_core.training import stages as entry
 from davae_core.training.data import dataset
+from davae_core.training.data.config import DataConfig
 from davae_core.training.objective import start_certain
 from davae_core.training.pretrained import base_of_file
 from davae_core.training.pretrained import base_vae as load
@@ -57,7 +58,7 @@ def train(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
     def run(recipe: str, base: Path, steps: int, *options: str, size: int = SIZE) -> Path:
         out = tmp_path / "out"
         command = f"{recipe} --data.images {images} --data.size {size} --data.workers 0 --run.out {out} --base {base} "
-        command += f"--run.steps {steps} --run.batch 2 --run.sample-every 0 --optimiser.warmup 0 --losses.perceptual 0"
+        command += f"--data.enlarge --run.steps {steps} --run.batch 2 --run.sample-every 0 --optimiser.warmup 0 --losses.perceptual 0"
         assert entry.run("autoencoder", [*command.split(), *options]) == 0
         return out / recipes.AUTOENCODER[recipe][1].file
 
@@ -97,7 +98,7 @@ def test_two_steps_on_each_base(train: Train, images: Path, tmp_path: Path, layo
 def assert_measured(model: DAVAE, folder: Path) -> None:
     """The units are those in which the training images' base latents have mean 0 and standard deviation 1."""
     factor = model.latent.factor
-    recipe = dataset.DataConfig((str(folder),), size=max(SIZE, factor), workers=0)
+    recipe = DataConfig((str(folder),), size=max(SIZE, factor), workers=0, enlarge=True)
     loader = dataset.loader(recipe, batch=4, seed=0, multiple=factor, steps=1)
     z = torch.cat([model.latent.normalise_base(model.encode_base(batch["image"])) for batch in loader])
     assert z.mean(dim=(0, 2, 3)).abs().max() <= 1e-3
