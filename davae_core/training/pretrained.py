@@ -1,10 +1,10 @@
 """The pretrained models a training starts from, out of the files people have."""
 
-import json
 from pathlib import Path
 
 from .. import bases
 from ..autoencoder import Autoencoder, AutoencoderConfig
+from ..checkpoints import metadata
 from ..checkpoints.opening import diffusion_model as diffusion_model
 from ..checkpoints.opening import open_any
 from ..errors import CheckpointError
@@ -49,9 +49,9 @@ def base_vae(path: Path) -> Autoencoder:
 def base_of_file(path: Path, config: AutoencoderConfig, family: str = "") -> bases.Base:
     """Which base model the VAE in a file belongs to: :func:`davae_core.bases.base_of`; a DA-VAE's, by its units."""
     told = dict(open_any(path).told)
-    latent = json.loads(told.get("davae.config", "{}")).get("latent", {})
-    if latent and not family:
-        normalisation = latent.get("base_shift"), latent.get("base_scale")
+    if metadata.kind_of(told) == "autoencoder" and not family:
+        latent, _ = metadata.latent_of(metadata.parse(told, "autoencoder", path.name), path.name)
+        normalisation = latent.base_shift, latent.base_scale
         known = bases.base_of_latent(config.latent_channels, config.factor, normalisation)
         family = known.name if known else ""
     return bases.base_of(config, family, told)

@@ -35,11 +35,14 @@ from harness.locate import REPOSITORY, ComfyUI
 GUIDE = REPOSITORY / "docs" / "TRAINING.md"
 STEPS = "--data.size {size} --data.workers 0 --run.steps 2 --run.batch 2 --run.micro-batch 1 --run.precision fp32"
 ADAPTER = f"{STEPS} --frozen fp32 --rank 4 --recommended.steps 2"
+OWN = "--data.size 64 --run.steps 1 --run.batch 2"
 SMALL = {  # what is added to each command, by its module and recipe
     "davae_core.training autoencoder sd3_vae_f16": STEPS.format(size=64),
     "davae_core.training adapter sd35m_1024": ADAPTER.format(size=64),
     "davae_core.training adapter sd35m_2048": ADAPTER.format(size=128),
     "davae_core.training latents": "--data.size 64",
+    "davae_core.training autoencoder micro": f"{OWN} --losses.perceptual 0",
+    "davae_core.training adapter micro": f"{OWN} --rank 4 --recommended.steps 2 --recommended.size 0",
 }
 PYTHON = f"""#!{sys.executable}
 import os, sys
@@ -155,16 +158,22 @@ def test_every_command_of_the_guide_runs_and_what_it_makes_draws_a_picture(
         run(block, place)
     shutil.copy(place / sd35.CHECKPOINT, comfy.base / "models" / "diffusion_models")
     for size in (1024, 2048):
-        image = drawn(comfy, f"sd35m_davae_{size}.safetensors")
+        image = drawn(comfy, sd35.DAVAE, f"sd35m_davae_{size}.safetensors")
         assert image.shape == (1, 64, 64, 3) and image.isfinite().all() and image.std() > 1e-3
+    image = drawn(comfy, "own_davae.safetensors", "own_adapter.safetensors", tiny=True)
+    assert image.shape == (1, 64, 64, 3) and image.isfinite().all() and image.std() > 1e-3
 
 
-def drawn(comfy: HeadlessComfy, adapter: str) -> torch.Tensor:
+def drawn(comfy: HeadlessComfy, davae_name: str, adapter: str, tiny: bool = False) -> torch.Tensor:
     """A picture by what the trainings have left."""
     g = Graph()
-    base = g.node("UNETLoader", unet_name=sd35.CHECKPOINT, weight_dtype="default")
-    davae = g.node("DAVAE_Loader", davae_name=sd35.DAVAE, dtype="auto")
-    texts = [g.node("HarnessConditioning", context=4096, pooled=2048, seed=seed) for seed in (1, 2)]
+    davae = g.node("DAVAE_Loader", davae_name=davae_name, dtype="auto")
+    if tiny:
+        base = g.node("DAVAE_TinySD35")
+        texts = [g.node("CLIPTextEncode", clip=base[1], text=text) for text in ("a red cat", "")]
+    else:
+        base = g.node("UNETLoader", unet_name=sd35.CHECKPOINT, weight_dtype="default")
+        texts = [g.node("HarnessConditioning", context=4096, pooled=2048, seed=seed) for seed in (1, 2)]
     adapted = g.node("DAVAE_Adapter", model=base, adapter_name=adapter, strength=1.0)
     latent = g.node("DAVAE_EmptyLatent", width=64, height=64, batch_size=1)
     sampled = g.node(

@@ -58,7 +58,7 @@ def train(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
     def run(recipe: str, base: Path, steps: int, *options: str, size: int = SIZE) -> Path:
         out = tmp_path / "out"
         command = f"{recipe} --data.images {images} --data.size {size} --data.workers 0 --run.out {out} --base {base} "
-        command += f"--data.enlarge "
+        command += "--data.enlarge "
         command += f"--run.steps {steps} --run.batch 2 --run.sample-every 0 --optimiser.warmup 0 --losses.perceptual 0"
         assert entry.run("autoencoder", [*command.split(), *options]) == 0
         return out / recipes.AUTOENCODER[recipe][1].file
