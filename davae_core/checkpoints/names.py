@@ -28,6 +28,8 @@ class Rule:
     def to_native(self, theirs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The native tensor."""
         parts = [theirs[name] for name in self.theirs]
+        for part in parts[1:]:
+            torch.promote_types(parts[0].dtype, part.dtype)  # of 8 bits beside others raises, on the meta device too
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.swapped:
             tensor = torch.cat(tensor.chunk(2)[::-1])
@@ -60,7 +62,7 @@ def to_native(theirs: Tensors, rules: Iterable[Rule], file: str) -> Tensors:
     try:
         meta = {name: rule.to_native(theirs.meta) for name, rule in by_name.items()}
     except (RuntimeError, IndexError) as problem:
-        raise CheckpointError(f"{file} holds tensors of wrong shapes ({problem}); it is damaged") from problem
+        raise CheckpointError(f"{file} holds tensors of wrong shapes or dtypes ({problem}); it is damaged") from problem
     return Tensors(meta, lambda name: by_name[name].to_native(theirs))
 
 

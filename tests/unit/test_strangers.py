@@ -225,6 +225,15 @@ def test_thousands_of_empty_tensors_are_refused_at_once(davae_file: Path, stem: 
     refused(lambda path: inspect.text(inspect.describe(path)) and load_autoencoder(path), davae_file)
 
 
+def test_parts_of_a_fused_layer_of_dtypes_that_do_not_mix_are_refused(tmp_path: Path, mmdit: MMDiT) -> None:
+    files.save(tmp_path / "base.safetensors", mmdit.state_dict(), {})
+    convert.main([str(tmp_path / "base.safetensors"), str(tmp_path / "folder"), "--to", "diffusers"])
+    path = tmp_path / "folder" / "transformer" / "diffusion_pytorch_model.safetensors"
+    name = "transformer_blocks.0.attn.to_k.bias"
+    changed(path, replace(name, torch.zeros(128, dtype=torch.float8_e4m3fn)))
+    refused(lambda place: convert.main([str(place), str(tmp_path / "out.safetensors")]), path, "dtypes")
+
+
 # Headers
 
 
