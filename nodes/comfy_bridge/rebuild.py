@@ -60,7 +60,7 @@ class _Rebuild:
         sharing.keep(patcher, self.base, WIDENED)
         return patcher
 
-    def copy(self, disable_dynamic: bool = False) -> ModelPatcher:
+    def deep_copy(self, disable_dynamic: bool = False) -> ModelPatcher:
         """The same on weights of its own, for ComfyUI's deep copies: to train on, or to run on another device.
 
         Outside of inference mode, for nothing can be trained on tensors that are made in it.
@@ -124,7 +124,7 @@ class _Rebuild:
         """A patcher around the new model, with what the user put on the base and the adapter's LoRA."""
         patcher = kind(model, load_device=self.base.load_device, offload_device=self.base.offload_device)
         carry_over(self.base, patcher)
-        patcher.cached_patcher_init = (self.copy, ())
+        patcher.cached_patcher_init = (self.deep_copy, ())
         self._add_lora(patcher)
         return patcher
 
