@@ -114,6 +114,14 @@ def test_a_prompt_without_a_style_is_remarked_on_and_a_good_one_is_not() -> None
     assert known == "it knows 7 words; styles: 3d, flat, noto, twitter; names: peach, rocket"
 
 
+@pytest.mark.parametrize("prompt", ["3d peach " * 100, "桃子", "x" * 5000, "a/b\\c", ""])
+def test_a_prompt_of_any_length_and_letters_makes_a_file_name(tmp_path: Path, prompt: str) -> None:
+    """A long one ended in "File name too long", and the sheet was lost."""
+    (tmp_path / f"1_{demo.file_words(prompt)}_tiny_roundtrip_base.png").write_bytes(b"")
+    assert demo.file_words(prompt) and "/" not in demo.file_words(prompt)
+    assert demo.file_words("3d peach") == "3d_peach" and demo.file_words("桃子") == "prompt"
+
+
 def test_a_long_vocabulary_is_shown_in_part() -> None:
     vocabulary = ("3d", *(f"word{i:03d}" for i in range(100)))
     shown = demo.known_words(vocabulary, count=24)
