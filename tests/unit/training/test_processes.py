@@ -29,6 +29,8 @@ for stage, command in json.loads(sys.argv[1]):
     assert stages.run(stage, command) == 0
 """
 STEPS = 4
+# Three images for two processes, one at a time: the second process has one image, and takes part twice.
+UNEVEN = ["--run.batch", "3", "--run.micro-batch", "1"]
 # Adam follows the sign of its first gradients, so where one is near zero its last bits decide. Small steps keep apart
 # what this makes of rounding, and what a wrong batch would.
 CALM = ("--optimiser.lr", "1e-4", "--run.precision", "fp32")
@@ -52,12 +54,13 @@ def two_processes(stages: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
     for stage, options in OPTIONS.items():
         parts = "--run.micro-batch 1" if stage == "adapter" else ""
         commands.append((stage, stages.command(stage, out / stage, STEPS, *CALM, *options.split(), *parts.split())))
+    commands.append(("base_dit", stages.command("base_dit", out / "uneven", STEPS, *CALM, *UNEVEN)))
     driver = out / "driver.py"
     driver.write_text(DRIVER)
     launched = launch(str(driver), json.dumps(commands))
     said = launched.communicate()[1]
     assert launched.returncode == 0, said
-    assert said.count("wrote") == 5, "both processes took themselves for the first"
+    assert said.count("wrote") == 7, "both processes took themselves for the first"
     return out
 
 
@@ -84,6 +87,13 @@ def test_two_processes_give_the_losses_of_one(stages: Any, two_processes: Path, 
     difference = largest_difference(stages.curves(tmp_path), stages.curves(two_processes / stage))
     print(f"{stage}: {difference:.1e}")
     assert difference < 1e-4
+
+
+def test_a_batch_that_two_processes_cannot_halve_gives_the_losses_of_one(
+    stages: Any, two_processes: Path, tmp_path: Path
+) -> None:
+    assert stages.run("base_dit", tmp_path, STEPS, *CALM, "--run.batch", "3") == 0
+    assert largest_difference(stages.curves(tmp_path), stages.curves(two_processes / "uneven")) < 1e-4
 
 
 def test_ctrl_c_ends_both_processes_with_the_state_saved(stages: Any, tmp_path: Path) -> None:
