@@ -73,9 +73,9 @@ def task(
 
 
 def empty(build: Callable[[], Module]) -> Module:
-    """What ``build`` makes, with weights that nothing was drawn for."""
+    """What ``build`` makes, with weights of no meaning."""
     with _disable_current_modes(), torch.device("meta"):
         made = build()
-    state = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in made.state_dict().items()}
+    state = {name: torch.full(tensor.shape, 0.01, dtype=tensor.dtype) for name, tensor in made.state_dict().items()}
     made.load_state_dict(state, assign=True)
     return made
