@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend
 
+from .attention import attention
 from .errors import CheckpointError, DAVAEError
+from .resample import Downsample, Upsample
 from .shapes import dims, numbered
 
 NORM_GROUPS = 32
-ATTENTION_SCORES = 2**24  # held at a time where the attention has no fused kernel: 64 MiB in float32
 LOGVAR_RANGE = (-30.0, 20.0)
 MOST_LEVELS, MOST_BLOCKS = 8, 16  # of a file; the published ones have 3 to 5 levels of 2 blocks
 
@@ -156,27 +156,6 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """``softmax(q k^T / sqrt(c)) v`` of ``[B, 1, n, c]``, never with the scores of all pairs in memory.
-
-    A fused kernel holds none of them. Where there is none (on devices but CPUs and NVIDIA's and AMD's GPUs, for some
-    widths and settings), some queries go after others; each has its own softmax, so the result is the same.
-    """
-    batch, heads, tokens, _ = q.shape
-    if tokens**2 * batch * heads <= ATTENTION_SCORES or _is_fused(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v)
-    queries = max(1, ATTENTION_SCORES // (tokens * batch * heads))
-    return torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(queries, dim=2)], dim=2)
-
-
-def _is_fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether torch has an attention kernel for these tensors that does not hold the scores of all pairs."""
-    try:
-        return torch._fused_sdp_choice(q, k, v) not in (SDPBackend.MATH.value, SDPBackend.ERROR.value)
-    except (AttributeError, NotImplementedError, RuntimeError):  # a torch or a device that does not tell
-        return False
-
-
 class Middle(nn.Module):
     """The lowest resolution: residual block, attention, residual block."""
 
@@ -188,55 +167,6 @@ class Middle(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Downsample(nn.Module):
-    """Halve the resolution with a strided convolution; pads one pixel on the right and the bottom only."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the resolution by nearest neighbour, then a convolution.
-
-    Without gradients this is, for each of the four positions in a pixel, a 2x2 convolution of the small picture, whose
-    weights are sums of the 3x3 ones: the same to rounding in four ninths of the work, and nothing enlarged is held.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.enlarge(F.pad(x, (1, 1, 1, 1)), self.position_weights())
-
-    def position_weights(self) -> list[list[torch.Tensor]]:
-        """The 2x2 kernels by the row and the column, 0 or 1, of the position in a pixel."""
-        weight = self.conv.weight.float()
-        return [[_taps(_taps(weight, 2, v), 3, u).to(self.conv.weight) for u in (0, 1)] for v in (0, 1)]
-
-    def enlarge(self, small: torch.Tensor, weights: list[list[torch.Tensor]]) -> torch.Tensor:
-        """``[B, c, h + 2, w + 2]``, which has its neighbours on every side, to ``[B, c, 2 h, 2 w]``."""
-        batch, _, rows, columns = (side - 2 if i > 1 else side for i, side in enumerate(small.shape))
-        large = small.new_empty(batch, self.conv.out_channels, 2 * rows, 2 * columns)
-        for v in (0, 1):
-            for u in (0, 1):
-                part = small[:, :, v : v + rows + 1, u : u + columns + 1]
-                large[:, :, v::2, u::2] = F.conv2d(part, weights[v][u], self.conv.bias)
-        return large
-
-
-def _taps(weight: torch.Tensor, dim: int, position: int) -> torch.Tensor:
-    """Three taps in the large picture as two in the small one, for the first or the second pixel of each pair."""
-    a, b, c = weight.unbind(dim)
-    return torch.stack([a + b, c] if position else [a, b + c], dim)
 
 
 class Level(nn.Module):

@@ -5,7 +5,8 @@ strip takes were measured; a test holds both to the bytes that torch allocates. 
 own, so callers leave room.
 """
 
-from .autoencoder import ATTENTION_SCORES, AutoencoderConfig
+from .attention import ATTENTION_SCORES
+from .autoencoder import AutoencoderConfig
 
 MARGIN = 1.1  # for what fragmentation and the kernels themselves take
 SCORE_BYTES = 2 * 4  # an attention without a fused kernel holds its scores twice, in float32

@@ -193,7 +193,7 @@ class RecordSet:
             if header.get(files.HASH_KEY) != shard["sha256"]:
                 raise DAVAEError(f"{path} is missing or damaged; run {maker} again: it makes only what is missing")
             self._files.append(path)
-            self.names |= json.loads(header.get("davae.names", "{}"))
+            self.names |= foreign_json.parse(header.get("davae.names", "{}"), f"the names in {path}")
             self._place.update(dict.fromkeys(shard["keys"], number))
 
     def __contains__(self, key: str) -> bool:

@@ -5,7 +5,6 @@ by ``cp`` or an interrupted download, touching a tensor ends the process (SIGBUS
 read: a mapping would also be slow on network drives, for which ComfyUI has ``--disable-mmap``.
 """
 
-import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import BinaryIO
 import torch
 
 from ..errors import CheckpointError
+from . import foreign_json
 
 
 def read(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def read(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) 
     try:
         with open(path, "rb", buffering=0) as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            places = json.loads(file.read(length))
+            places = foreign_json.parse(file.read(length), "its header")
             return {name: _tensor(file, 8 + length, places[name], *kind) for name, kind in layout.items()}
     except (EOFError, KeyError, TypeError, ValueError, struct.error) as problem:
         raise CheckpointError(f"{path.name} was changed while it was read ({problem}); load it again") from problem

@@ -1,6 +1,5 @@
 """Pictures to measure with: the ones a model was trained on, with their captions, and held-out ones."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .. import images
+from .. import caption_files, images
 from ..errors import DAVAEError
 from .references import References
 
@@ -35,7 +34,7 @@ class Pictures:
 
 
 def find_pictures(folder: Path, held_out: Path | None = None) -> Pictures:
-    """Look into folders and below; the caption of ``a.png`` is in ``a.txt``, or in ``a.json`` under ``caption``.
+    """Look into folders and below; the caption of ``a.png`` is in ``a.txt``, ``a.caption`` or ``a.json``.
 
     Args:
         folder: holds training pictures; one that has ``train/`` and ``held_out/`` in it, as
@@ -63,16 +62,13 @@ def caption_of(path: Path) -> str:
     Raises:
         DAVAEError: its file cannot be read.
     """
-    text, told = path.with_suffix(".txt"), path.with_suffix(".json")
+    beside = {ending: path.with_suffix(ending) for ending in caption_files.ENDINGS}
     try:
-        if text.is_file():
-            return text.read_text(encoding="utf-8-sig").strip()
-        if told.is_file():
-            caption = json.loads(told.read_text(encoding="utf-8")).get("caption", "")
-            return str(caption[0] if isinstance(caption, list) and caption else caption or "").strip()
-    except (OSError, ValueError, AttributeError) as problem:
+        content = {ending: file.read_bytes() for ending, file in beside.items() if file.is_file()}
+        texts = caption_files.read(content, str(path)).texts
+    except (OSError, DAVAEError) as problem:
         raise DAVAEError(f"the caption of {path} cannot be read ({problem}); write it again, as UTF-8") from problem
-    return ""
+    return texts[0] if texts else ""
 
 
 def spread(pictures: Sequence[Picture], count: int) -> list[int]:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from davae_core import autoencoder
-from davae_core.autoencoder import ATTENTION_SCORES, AttnBlock, AutoencoderConfig
+from davae_core import attention
+from davae_core.attention import ATTENTION_SCORES
+from davae_core.autoencoder import AttnBlock, AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.memory import decode_bytes, encode_bytes
 
@@ -60,10 +61,10 @@ def test_attention_without_a_fused_kernel_takes_no_memory_for_all_pairs_of_pixel
 def test_attention_in_parts_is_the_attention(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(3, 2, 1, tokens, 32)
     expected = F.scaled_dot_product_attention(q, k, v)
-    monkeypatch.setattr(autoencoder, "ATTENTION_SCORES", 64 * 64)
+    monkeypatch.setattr(attention, "ATTENTION_SCORES", 64 * 64)
     with sdpa_kernel(SDPBackend.MATH):
-        assert (autoencoder.attention(q, k, v) - expected).abs().max() <= 1e-5
-    assert torch.equal(autoencoder.attention(q, k, v), expected)  # a fused kernel gets all queries at once
+        assert (attention.attention(q, k, v) - expected).abs().max() <= 1e-5
+    assert torch.equal(attention.attention(q, k, v), expected)  # a fused kernel gets all queries at once
 
 
 @pytest.mark.parametrize("rows", [16, 40])

@@ -4,8 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ... import caption_files
 from ...errors import DAVAEError
-from . import caption_files
 from .entries import Entry
 from .listing import STATE, Listing, Source, in_threads
 from .pictures import ENDINGS

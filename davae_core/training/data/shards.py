@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ... import caption_files
 from ...errors import DAVAEError
-from . import caption_files
 from .entries import Entry
 from .folders import ALONE, HIDDEN
 from .listing import DamagedShardError, Listing, Source

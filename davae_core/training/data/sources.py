@@ -30,7 +30,7 @@ def find(images: Iterable[str], out: Path | None = None) -> Listing:
         out: folder of the run; images in it are left out.
 
     Captions are read from the ``.txt``, ``.caption`` or ``.json`` of the same name; see
-    :func:`davae_core.training.data.caption_files.read`. A shard that is cut short or damaged is left out, whole, with a
+    :func:`davae_core.caption_files.read`. A shard that is cut short or damaged is left out, whole, with a
     warning.
 
     Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ... import atomic
+from ...checkpoints import foreign_json
 from ..text.asked import read_prompts
 from .on_device import on_device
 from .task import Batch
@@ -73,5 +74,6 @@ def append(folder: Path, step: int, values: Mapping[str, float]) -> None:
     """
     path = folder / FILE
     old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    lines = [line for line in old if json.loads(line)["step"] < step] + [json.dumps({"step": step, **values})]
+    kept = [line for line in old if foreign_json.parse(line, str(path)).get("step", step) < step]
+    lines = [*kept, json.dumps({"step": step, **values})]
     atomic.write(path, ("\n".join(lines) + "\n").encode())

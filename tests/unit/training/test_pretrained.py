@@ -1,6 +1,5 @@
 """Base models out of the files people have."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +7,14 @@ import pytest
 import torch
 
 from davae_core import bases, checkpoints, tiny
+from davae_core.adapter import Recommended
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
-from davae_core.checkpoints import files
+from davae_core.checkpoints import files, metadata
 from davae_core.checkpoints.diffusers_names import transformer_rules, vae_rules
 from davae_core.checkpoints.names import from_native
 from davae_core.checkpoints.tensors import Tensors, in_memory
 from davae_core.errors import CheckpointError
+from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT
 from davae_core.training import pretrained
 
@@ -87,7 +88,8 @@ def test_the_base_vae_of_a_da_vae_is_taken_out_of_it() -> None:
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_da_vae_says_by_its_units_whose_base_it_holds(family: str, tmp_path: Path) -> None:
     shift, scale = bases.BASES[family].normalisation or (0.0, 0.0)
-    told = {"davae.config": json.dumps({"latent": {"base_shift": shift, "base_scale": scale}})}
+    latent = LatentSpec(4, 4, base_shift=shift, base_scale=scale)
+    told = metadata.build("autoencoder", metadata.latent_config(latent, Recommended()), title="")
     files.save(tmp_path / "x.safetensors", {"x": torch.zeros(1)}, told)
     config = AutoencoderConfig(latent_channels=4, quant_conv=True)
     assert pretrained.base_of_file(tmp_path / "x.safetensors", config).name == family

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from davae_core import checkpoints
+from davae_core import checkpoints, records
 from davae_core.davae import DAVAE
 from davae_core.errors import DAVAEError
-from davae_core.training.data import dataset, records, stored_latents
+from davae_core.training.data import dataset, stored_latents
 from davae_core.training.data.config import DataConfig
 from davae_core.training.data.stored_latents import LatentsConfig, load_latents
 from davae_core.training.data.survey import collect

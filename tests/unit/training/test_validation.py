@@ -143,7 +143,14 @@ class PointTask:
 def train(task: PointTask, out: Path, steps: int, **options: Any) -> None:
     def batches(start: int) -> Iterator[Batch]:
         for step in itertools.count(start):
-            yield {"step": step, "micro": 0, "micros": 1, "image": torch.zeros(1, 3, 8, 8), "caption": [f"of {step}"]}
+            yield {
+                "step": step,
+                "micro": 0,
+                "micros": 1,
+                "share": 1.0,
+                "image": torch.zeros(1, 3, 8, 8),
+                "caption": [f"of {step}"],
+            }
 
     run = RunConfig(out, steps=steps, log_every=1, sample_every=2, **options)
     optimiser = OptimiserConfig(lr=0.1, warmup=0, ema=0.5)

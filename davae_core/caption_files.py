@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...checkpoints import foreign_json
-from ...errors import DAVAEError
+from .checkpoints import foreign_json
+from .errors import DAVAEError
 
 ENDINGS = (".txt", ".caption", ".json")  # the first that is there counts
 UTF8, WINDOWS = "UTF-8", "Windows-1252"
