@@ -6,23 +6,35 @@ from functools import partial
 
 from .. import command
 from ..errors import DAVAEError
-from . import stages
-from .data import stored_latents
-from .planning import plan
-from .text import encode
+from .run import heartbeat
 
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
-    **{name: (stage.about.splitlines()[0], partial(stages.run, name)) for name, stage in stages.STAGES.items()},
-    "text": ("Compute the text embeddings of all captions once.", encode.main),
-    "latents": ("Compute the latents of all images once.", stored_latents.main),
-    "plan": ("Print what a training costs.", plan.main),
+TOOLS = {
+    "export": "Write the files of a run out of its state.",
+    "text": "Compute the text embeddings of all captions once.",
+    "latents": "Compute the latents of all images once.",
+    "plan": "Print what a training costs.",
 }
+
+
+def commands() -> dict[str, tuple[str, Callable[[list[str]], int]]]:
+    """What can be run, by name: a line about it, and its function. The first call imports PyTorch."""
+    from . import export, stages
+    from .data import stored_latents
+    from .planning import plan
+    from .text import encode
+
+    mains = {"export": export.main, "text": encode.main, "latents": stored_latents.main, "plan": plan.main}
+    return {
+        **{name: (stage.about.splitlines()[0], partial(stages.run, name)) for name, stage in stages.STAGES.items()},
+        **{name: (about, mains[name]) for name, about in TOOLS.items()},
+    }
 
 
 def usage() -> str:
     """The help text."""
-    width = max(map(len, COMMANDS))
-    lines = [__doc__ or "", "", *(f"  {name:<{width}}  {about}" for name, (about, _) in COMMANDS.items())]
+    known = commands()
+    width = max(map(len, known))
+    lines = [__doc__ or "", "", *(f"  {name:<{width}}  {about}" for name, (about, _) in known.items())]
     return "\n".join([*lines, "", "--help behind a stage lists its recipes; behind a recipe, all settings."])
 
 
@@ -35,9 +47,12 @@ def main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0 if args else command.WRONG
-    if args[0] not in COMMANDS:
-        raise DAVAEError(f"there is no stage {args[0]!r}; choose one of {', '.join(COMMANDS)}")
-    return COMMANDS[args[0]][1](args[1:])
+    with heartbeat.ending():
+        heartbeat.at("starting")
+        known = commands()
+    if args[0] not in known:
+        raise DAVAEError(f"there is no stage {args[0]!r}; choose one of {', '.join(known)}")
+    return known[args[0]][1](args[1:])
 
 
 if __name__ == "__main__":

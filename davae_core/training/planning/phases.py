@@ -14,9 +14,12 @@ from torch import nn
 
 from ...autoencoder import AutoencoderConfig
 from ...checkpoints import files
+from ...history import History
 from ...mmdit import MMDiTConfig
-from ..run import launch, loop
+from ..run import launch
 from ..run.on_device import OnDevice
+from ..run.player import Player
+from ..run.precision import autocast
 from ..run.task import Batch
 from ..tasks.autoencoder import AutoencoderTask
 from .counter import Counter, counting, off_device
@@ -122,7 +125,7 @@ def measure(
 
     made = task(recipe, images, text, model, base)
     alone = cast(Accelerator, SimpleNamespace(num_processes=1, device=DEVICE))
-    players = [loop.Player(phase, recipe.optimiser, alone) for phase in made.phases.values()]
+    players = [Player(phase, recipe.optimiser, alone) for phase in made.phases.values()]
     batches = OnDevice([batch(memory, micro, recipe.data.size)], DEVICE)
     out = Counted()
     buckets = [prepare(player, out, several) for player in players]
@@ -134,7 +137,7 @@ def measure(
             memory.restart()
             for player in players:
                 stack.enter_context(player.ema.applied())
-            with loop.autocast(recipe.run, DEVICE):
+            with autocast(recipe.run.precision, DEVICE):
                 shown = batches[0]  # one picture is made after another, so one is enough
                 made.sheet(shown | {"image": shown["image"][:1], "caption": shown["caption"][:1]})
             del shown
@@ -145,7 +148,7 @@ def measure(
                 out.peaks["statistics"] = memory.peak
             memory.restart()
             with mock.patch.object(files, "save", lambda path, tensors, metadata: files.separate(tensors)):
-                made.export(Path())
+                made.export(Path(), History())
             out.peaks["export"] = memory.peak
     del buckets
     return out
@@ -161,7 +164,7 @@ def batch(memory: Memory, micro: int, size: int) -> Batch:
     return {"image": x, "caption": [""] * micro, "position": places, "micro": 0, "micros": 1}
 
 
-def prepare(player: loop.Player, out: Counted, several: bool) -> torch.Tensor | None:
+def prepare(player: Player, out: Counted, several: bool) -> torch.Tensor | None:
     """Bring a player to where a later micro-batch of a later step finds it: with moments and gradients.
 
     Args:
@@ -186,11 +189,11 @@ def prepare(player: loop.Player, out: Counted, several: bool) -> torch.Tensor | 
     return bucket
 
 
-def descend(player: loop.Player, batches: OnDevice, recipe: Recipe, memory: Memory, out: Counted) -> None:
+def descend(player: Player, batches: OnDevice, recipe: Recipe, memory: Memory, out: Counted) -> None:
     """The last micro-batch of a step and the step itself, as the loop takes them."""
     memory.restart()
     held, images = memory.live, len(batches[0]["image"])
-    with loop.autocast(recipe.run, DEVICE):
+    with autocast(recipe.run.precision, DEVICE):
         loss = player.phase(batches[0], player.phase.starts_at())["loss"]
     forward, peak = memory.flops, memory.peak
     memory.restart()

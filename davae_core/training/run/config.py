@@ -39,7 +39,8 @@ class RunConfig:
     """How long to train, on what, and what to write where."""
 
     out: Path = Path("output/training")
-    """Folder of the run: state.safetensors, TensorBoard events, samples/ and at the end the exported files."""
+    """Folder of the run: state.safetensors, TensorBoard events, samples/, config.json (the settings) and at the end
+    the exported files."""
     steps: int = 10_000
     """Optimiser steps in all. A resumed run may have more; with the cosine schedule it is then another run, because the
     learning rate depends on it."""
@@ -56,8 +57,16 @@ class RunConfig:
     """Compile the model with torch.compile."""
     resume: bool = False
     """Go on from the state in `out`, exactly as if the run had not been interrupted."""
+    change: tuple[str, ...] = ()
+    """Settings that differ from the run that is resumed, on purpose: names as `optimiser.lr`, or of a group as
+    `optimiser`."""
     save_minutes: float = 5.0
-    """Time between two writings of the state; it is also written at the end and at Ctrl-C."""
+    """Time between two writings of the state; it is also written at the end and whenever the run is interrupted."""
+    keep_every: int = 0
+    """Steps between two checkpoints that stay: the state and the exported files, in a folder step_0040000; 0 for
+    none."""
+    keep_last: int = 0
+    """Keep no more than so many of these checkpoints, the newest; 0 keeps all."""
     log_every: int = 10
     """Steps between two points in TensorBoard."""
     sample_every: int = 500
@@ -74,6 +83,8 @@ class RunConfig:
     """A step whose loss or gradient is not finite is skipped; after so many in a row the training stops."""
 
     def __post_init__(self) -> None:
+        if self.keep_every < 0 or self.keep_last < 0:
+            raise DAVAEError(f"keep_every and keep_last must not be negative, got {self}")
         if self.steps < 1 or self.batch < 1 or self.micro_batch < 0 or self.log_every < 1 or self.bad_steps < 1:
             raise DAVAEError(f"steps, batch, log_every and bad_steps must be at least 1, got {self}")
 
@@ -81,6 +92,7 @@ class RunConfig:
 # Fields that may differ between a run and its continuation: they do not change what a step computes.
 FREE = {"run.out", "run.steps", "run.resume", "run.save_minutes", "run.log_every", "run.sample_every", "run.bad_steps"}
 FREE |= {"run.validate_every", "run.validate_images", "run.prompts"}
+FREE |= {"run.change", "run.keep_every", "run.keep_last"}
 FREE |= {"run.micro_batch", "run.compile", "data.images", "data.workers", "data.cache", "data.max_broken"}
 FREE |= {"gradient_checkpointing", "frozen", "file"}
 
@@ -97,10 +109,10 @@ def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps ``new`` from continuing a run of ``old``, one line per field."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """What keeps ``new`` from continuing a run of ``old``: a line for people, by the name of the setting."""
     names = [name for name in {**old, **new} if name not in FREE and old.get(name) != new.get(name)]
-    return [f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in names]
+    return {name: f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in names}
 
 
 def from_command_line(

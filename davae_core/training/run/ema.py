@@ -17,6 +17,8 @@ class EMA:
     def __init__(self, weights: Mapping[str, torch.nn.Parameter], decay: float) -> None:
         self.weights, self.decay = dict(weights), decay
         self.average = {name: weight.detach().clone() for name, weight in self.weights.items()} if decay else {}
+        self.swapped = False
+        """The weights are the average now, or on the way to or from it."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -33,11 +35,13 @@ class EMA:
             yield
             return
         kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self._put(self.average)
+        self.swapped = True
         try:
+            self._put(self.average)
             yield
         finally:
             self._put(kept)
+            self.swapped = False
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, torch.Tensor]) -> None:

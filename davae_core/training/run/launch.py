@@ -3,8 +3,11 @@
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -13,13 +16,17 @@ from accelerate.utils import DistributedDataParallelKwargs
 from ..data import dataset, survey
 from ..data.config import DataConfig
 from ..data.stored_latents import StoredLatents
-from . import config, loop
+from ..data.survey import Collection
+from . import config, folder, heartbeat, loop, origins, recorded, resume
+from . import state as states
+from .precision import settled
 from .task import Batch, Task
 from .validation import Validation
 
 logger = logging.getLogger(__name__)
 
 Images = Callable[[], Iterable[torch.Tensor]]
+SURVEY_BATCH, SURVEY_STEPS, HELD_BATCH = 16, 64, 8
 
 
 class Recipe(Protocol):
@@ -38,34 +45,90 @@ class Recipe(Protocol):
         """AdamW."""
 
 
+class Launch(Protocol):
+    """What a task hands its recipe to: :func:`launch`, or what only exports."""
+
+    def __call__(
+        self,
+        recipe: Any,
+        multiple: int,
+        build: Callable[[Any, Images], Task],
+        unused: bool = False,
+        latents: StoredLatents | None = None,
+    ) -> int:
+        """Do something with the task that ``build`` makes; the exit code."""
+
+
 def launch(
     recipe: Recipe,
     multiple: int,
-    build: Callable[[Images], Task],
+    build: Callable[[Any, Images], Task],
     unused: bool = False,
     latents: StoredLatents | None = None,
+    *,
+    stage: str = "",
+    name: str = "",
 ) -> int:
     """Train what ``build`` makes; returns the exit code.
 
     Args:
         recipe: all settings.
         multiple: image sides are multiples of it.
-        build: makes the task; gets a function that gives images ``[B, 3, H, W]`` to measure statistics on.
+        build: makes the task of the recipe, whose precision is settled; the second argument gives images
+            ``[B, 3, H, W]`` to measure statistics on.
         unused: some trained parameters have no part in the loss.
         latents: of the images; then the batches hold these and no images.
+        stage, name: how the recipe was asked for.
+
+    Raises:
+        DAVAEError: the folder belongs to another run, or something that the recipe names is not there.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # No buffer changes in training, and the position table of SD3.5-medium alone is 453 MB.
-    several = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True, find_unused_parameters=unused, broadcast_buffers=False
-    )
-    accelerator = Accelerator(cpu=_several_on_cpu(), mixed_precision="no", kwargs_handlers=[several])
-    run = recipe.run
+    with heartbeat.ending():
+        heartbeat.at("looking for devices and other processes")
+        # No buffer changes in training, and the position table of SD3.5-medium alone is 453 MB.
+        several = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True, find_unused_parameters=unused, broadcast_buffers=False
+        )
+        accelerator = Accelerator(cpu=_several_on_cpu(), mixed_precision="no", kwargs_handlers=[several])
+        with folder.claimed(recipe.run.out) if accelerator.is_main_process else nullcontext():
+            return _train(recipe, multiple, build, latents, accelerator, (stage, name))
+
+
+def _train(
+    recipe: Any,
+    multiple: int,
+    build: Callable[[Any, Images], Task],
+    latents: StoredLatents | None,
+    accelerator: Accelerator,
+    named: tuple[str, str],
+) -> int:
+    """What :func:`launch` does in the folder of the run."""
+    saved = resume.found(recipe.run)
+    before = str(saved.recipe.get("run.precision")) if saved else None
+    run = replace(recipe.run, precision=settled(recipe.run.precision, accelerator.device, before))
+    recipe = replace(recipe, run=run)
+    heartbeat.at("reading the list of images")
     found = survey.collect(recipe.data, multiple, run.out)
     if latents is not None:
         found = latents.fitted(found, recipe.data)
     if accelerator.is_main_process:
         logger.info("%s", found.table)
+    heartbeat.at("reading what the run is made from")
+    about = states.About(*named, recorded.to_json(recipe), origins.origins(recipe, found.sources))
+    if saved is not None:  # before models are loaded
+        resume.changes(saved, config.flat(recipe), about.origins, run)
+    heartbeat.at("loading the models")
+    task = build(recipe, partial(measured, recipe, multiple, accelerator.device, found))
+    held = partial(
+        dataset.held_out,
+        recipe.data,
+        multiple,
+        min(run.micro_batch or run.batch, HELD_BATCH),
+        limit=run.validate_images or None,
+        collection=found,
+        latents=latents,
+    )
 
     def batches(start: int) -> Iterable[Batch]:
         return dataset.loader(
@@ -82,29 +145,22 @@ def launch(
             latents=latents,
         )
 
-    def images() -> Iterator[torch.Tensor]:
-        for batch in dataset.loader(
-            recipe.data, batch=SURVEY_BATCH, seed=run.seed, multiple=multiple, steps=SURVEY_STEPS, collection=found
-        ):
-            yield batch["image"].to(accelerator.device)
-
-    task = build(images)
-    if accelerator.is_main_process:
-        found.table.save(run.out)
-    held = partial(
-        dataset.held_out,
-        recipe.data,
-        multiple,
-        min(run.micro_batch or run.batch, HELD_BATCH),
-        limit=run.validate_images or None,
-        collection=found,
-        latents=latents,
-    )
     validation = Validation(held if found.held else None, run.prompts)
-    return loop.train(task, config.flat(recipe), run, recipe.optimiser, accelerator, batches, validation)
+    begun: Callable[[], Path] = partial(found.table.save, run.out)
+    return loop.train(task, config.flat(recipe), run, recipe.optimiser, accelerator, batches, about, validation, begun)
 
 
-SURVEY_BATCH, SURVEY_STEPS, HELD_BATCH = 16, 64, 8
+def measured(recipe: Recipe, multiple: int, device: torch.device, found: Collection) -> Iterator[torch.Tensor]:
+    """Images ``[B, 3, H, W]`` of a recipe to measure statistics on, always the same."""
+    for batch in dataset.loader(
+        recipe.data,
+        batch=SURVEY_BATCH,
+        seed=recipe.run.seed,
+        multiple=multiple,
+        steps=SURVEY_STEPS,
+        collection=found,
+    ):
+        yield batch["image"].to(device)
 
 
 def _several_on_cpu() -> bool:

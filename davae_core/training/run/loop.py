@@ -1,61 +1,32 @@
 """The training loop: the same for every task, one process or many."""
 
-import signal
-import time
+import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import FrameType
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ...errors import CheckpointError, DAVAEError
+from ...errors import DAVAEError
+from . import faults, resume, sharding
 from . import optimiser as opt
-from . import sharding
 from . import state as states
-from .config import OptimiserConfig, RunConfig, differences
-from .ema import EMA
+from .config import OptimiserConfig, RunConfig
+from .keeper import Keeper
 from .on_device import OnDevice
+from .player import Player, averages
+from .precision import autocast
 from .progress import Report
-from .task import Batch, Phase, Task
+from .stopping import Stop, Stops
+from .task import Batch, Task
 from .validation import Validation
 
 Batches = Callable[[int], Iterable[Batch]]
 FINISHED, INTERRUPTED = 0, 130
-
-
-class Player:
-    """A phase with its optimiser and its average: both of the trained parameters alone."""
-
-    def __init__(self, phase: Phase, config: OptimiserConfig, accelerator: Accelerator) -> None:
-        self.phase, self.sharded = phase, sharding.asked(accelerator)
-        if self.sharded:
-            sharding.shard(phase, accelerator)
-        self.parameters = {name: p for name, p in phase.named_parameters() if p.requires_grad}
-        self.optimiser = opt.adamw(self.parameters, config)
-        self.ema = EMA(self.parameters, config.ema)
-        copied = accelerator.num_processes > 1 and not self.sharded
-        self.wrapped = accelerator.prepare_model(phase) if copied else phase
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that changes while training."""
-        weights = {f"weight/{name}": p for name, p in self.parameters.items()}
-        averages = {f"average/{name}": tensor for name, tensor in self.ema.average.items()}
-        moments = opt.state_tensors(self.optimiser, self.parameters)
-        return weights | averages | {f"moment/{name}": tensor for name, tensor in moments.items()}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put back what :meth:`tensors` gave."""
-        for prefix, own in (("weight/", self.parameters), ("average/", self.ema.average)):
-            saved = states.part(tensors, prefix)
-            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in own.items()}:
-                raise CheckpointError("the saved state is of another model; choose another folder for this run")
-            for name, tensor in own.items():
-                tensor.copy_(sharding.part_of(saved[name], tensor))
-        opt.load_state(self.optimiser, self.parameters, states.part(tensors, "moment/"))
 
 
 def train(
@@ -65,9 +36,14 @@ def train(
     optimiser: OptimiserConfig,
     accelerator: Accelerator,
     batches: Batches,
+    about: states.About = states.About(),
     validation: Validation | None = None,
+    begun: Callable[[], object] = lambda: None,
 ) -> int:
     """Train ``task`` to ``run.steps`` and export it.
+
+    Whatever ends it early, the state is saved first, unless that takes other processes, which may be gone: with FSDP
+    only what all of them agree on (a stop, an unreadable image, a diverged loss) is saved at once.
 
     Args:
         task: what to train.
@@ -76,123 +52,189 @@ def train(
         optimiser: of every phase.
         accelerator: device and processes.
         batches: gives this process's micro-batches from a step on.
+        about: what the run is, for those who read its files.
         validation: held-out images and the prompts of the sheets.
+        begun: called by the first process when the first step is done.
 
     Returns:
-        FINISHED, or INTERRUPTED after Ctrl-C or SIGTERM; the state is saved in both cases.
+        FINISHED, or INTERRUPTED after a signal or the end of the launcher; the state is saved in both cases.
 
     Raises:
-        DAVAEError: the loss stays not finite, or the folder holds another run.
+        DAVAEError: the loss stays not finite, memory ran out, or the folder holds another run.
+        RunError: any other error.
     """
-    validation = validation or Validation()
+    about = replace(about, highest_rate=max(about.highest_rate, optimiser.lr))
+    saved = resume.found(run)
+    if saved is not None:
+        changed = resume.changes(saved, recipe, about.origins, run)
+        about = replace(about, changes=(*saved.about.changes, *changed))
+        about = replace(about, highest_rate=max(about.highest_rate, saved.about.highest_rate))
     task.to(accelerator.device)
     players = {name: Player(phase, optimiser, accelerator) for name, phase in task.phases.items()}
-    step, skipped = _restore(run, recipe, players)
-    report = Report(run.out, step, run.steps, accelerator.is_main_process)
+    report = Report(run.out, saved.step if saved else 0, run.steps, accelerator.is_main_process)
+    keeper = Keeper(task, players, recipe, run, about, accelerator, report)
+    if saved is not None:
+        tensors = states.load(run.out).tensors
+        for name, player in players.items():
+            player.load(states.part(tensors, f"{name}/"))
+        keeper.begin_at(saved.step, saved.skipped)
+        del tensors
+    with Stops() as stops:
+        try:
+            return _run(keeper, players, run, optimiser, accelerator, batches, stops, validation or Validation(), begun)
+        except KeyboardInterrupt as stop:
+            _let_go(stop)
+            report.say(
+                f"stopped ({stops.reason or 'Ctrl-C'}) at step {keeper.step} of {run.steps}; {keeper.save_alone()}"
+            )
+            return INTERRUPTED
+        except Exception as problem:
+            _let_go(problem)
+            raise faults.explained(problem, keeper.step, keeper.save_alone(), recipe) from problem
+        finally:
+            report.close() if keeper.step or keeper.saved else report.discard()
 
-    main, sharded = accelerator.is_main_process, sharding.asked(accelerator)
 
-    def save() -> None:
-        tensors = _gather(players, keep=main) if main or sharded else {}
-        if main:
-            states.save(run.out, states.State(recipe, step, skipped, tensors))
+def _let_go(problem: BaseException) -> None:
+    """Free what the frames of an exception hold: activations, whose memory saving may need, and the processes that load
+    images, which ignore signals and would be waited for without end where the program ends."""
+    traceback.clear_frames(problem.__traceback__)
 
-    def show(batch: Batch) -> None:
-        if main or sharded:
-            with _averages(players), torch.no_grad(), autocast(run, accelerator.device):
-                report.sheet(step, task.sheet(validation.sheet(batch)))
+
+def _run(
+    keeper: Keeper,
+    players: dict[str, Player],
+    run: RunConfig,
+    optimiser: OptimiserConfig,
+    accelerator: Accelerator,
+    batches: Batches,
+    stops: Stops,
+    validation: Validation,
+    begun: Callable[[], object],
+) -> int:
+    """The steps of :func:`train`, and the export."""
+    report, device, bad = keeper.report, accelerator.device, 0
+    steps = iter(_whole_steps(batches(keeper.step), device) if keeper.step < run.steps else ())
+    micros: Sequence[Batch] = []
+
+    def halted() -> bool:
+        """Whether one of the processes is to stop; then the state is saved."""
+        if not _agreed(accelerator, stops.asked())[0]:
+            return False
+        if keeper.step != keeper.saved:
+            keeper.save()
+        report.say(f"stopped at step {keeper.step} of {run.steps} ({_reason(stops)}); {keeper.where()}")
+        return True
+
+    def aside(what: str, do: Callable[[], None]) -> None:
+        """Work on the averages that is no training: given up where the run is to stop; what fails is said."""
+        if keeper.sharded and keeper.step != keeper.saved:
+            keeper.save()  # there an error may leave the others waiting
+        try:
+            if keeper.main or keeper.sharded:
+                given_up = nullcontext() if keeper.sharded else stops.breaking()
+                with averages(players), torch.no_grad(), autocast(run.precision, device), given_up, report.doing(what):
+                    do()
+        except Stop:
+            pass
+        except Exception as problem:
+            if keeper.sharded:
+                raise
+            report.warn(f"{what} of step {keeper.step} failed ({faults.told(problem)}): the training goes on")
+
+    def draw() -> None:
+        report.sheet(keeper.step, keeper.task.sheet(validation.sheet(micros[0])))
 
     def validate() -> None:
-        if validation and (main or sharded):
-            with _averages(players), torch.no_grad(), autocast(run, accelerator.device):
-                report.validation(step, task.validate(validation.batches(accelerator.device)))
+        report.validation(keeper.step, keeper.task.validate(validation.batches(device)))
 
-    saved_at, bad = time.monotonic(), 0
-    # With FSDP no process can save alone, and an error may be of one process only.
-    with _stop_signals() as stopped, _saved_on_error(report, None if sharded else save):
-        if step == 0:
-            validate()
-        for micros in _whole_steps(batches(step), accelerator.device) if step < run.steps else ():
-            rate = opt.learning_rate(optimiser, step, run.steps)
-            logs: dict[str, float] = {"lr": rate}
-            finite = True
-            for name, player in players.items():
-                if step >= player.phase.starts_at():
-                    values = _descend(player, micros, step, rate, optimiser.clip, run, accelerator)
-                    good = all(torch.isfinite(torch.tensor([values["loss"], values["gradient"]])))
-                    finite = finite and good
-                    logs |= {f"{name}/{key}": value for key, value in values.items()}
-            step += 1
-            bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
-            report.step()
-            if step % run.log_every == 0:
-                report.scalars(step, logs | {"skipped": skipped})
-            last, stop = step >= run.steps, _agreed(stopped(), accelerator)
-            if last or (run.sample_every and step % run.sample_every == 0):
-                show(micros[0])
-            if last or (run.validate_every and step % run.validate_every == 0):
-                validate()
-            due = _agreed(time.monotonic() - saved_at > run.save_minutes * 60, accelerator)
-            if due or last or stop:
-                save()
-                saved_at = time.monotonic()
-            if bad >= run.bad_steps:
-                if sharded:  # all processes are here; otherwise the error itself saves
-                    save()
-                raise DAVAEError(
-                    f"the loss or the gradient was not finite in {bad} steps in a row, up to step {step}: {logs}. None "
-                    "of these steps changed the weights, and the state is saved. Lower optimiser.lr, or use "
-                    "--run.precision fp32"
-                )
-            if stop and not last:
-                report.say(f"stopped at step {step} of {run.steps}; the state is in {run.out}: --run.resume goes on")
-                report.close()
-                return INTERRUPTED
-            if last:
-                break
-    with _averages(players), sharding.gathered(task.phases.values()), torch.no_grad():
-        for path in task.export(run.out) if main else ():
-            report.say(f"wrote {path}")
-    report.close()
+    if validation and keeper.step == 0:
+        aside("the validation", validate)
+    while keeper.step < run.steps:
+        with report.doing("first step" if keeper.step == keeper.start else ""):
+            micros = _next(steps, keeper, accelerator)
+        step = keeper.step
+        rate = opt.learning_rate(optimiser, step, run.steps)
+        logs: dict[str, float] = {"lr": rate}
+        good = []
+        taking_part = {name: one for name, one in players.items() if step >= one.phase.starts_at()}
+        for name, player in taking_part.items():
+            values = _gradients(player, micros, step, optimiser.clip, run, accelerator)
+            good += [player] if math.isfinite(values["loss"]) and math.isfinite(values["gradient"]) else []
+            logs |= {f"{name}/{key}": value for key, value in values.items()}
+        finite = len(good) == len(taking_part)
+        with stops.held():  # all phases take a step, or none: what is saved is of one step
+            for player in good:
+                player.step(rate, step)
+            keeper.step, keeper.skipped = step + 1, keeper.skipped + (not finite)
+        bad = 0 if finite else bad + 1
+        if step == keeper.start:
+            keeper.write_config(str(device), accelerator.num_processes)
+            if keeper.main:
+                begun()
+        report.step()
+        if keeper.step % run.log_every == 0:
+            report.scalars(keeper.step, logs | {"skipped": keeper.skipped})
+        if bad >= run.bad_steps:
+            keeper.save()
+            raise DAVAEError(_diverged(bad, keeper.step, logs, optimiser))
+        last = keeper.step >= run.steps
+        stop, due = _agreed(accelerator, stops.asked(), keeper.due)
+        if last or (stop and halted()):
+            break
+        keep = bool(run.keep_every) and keeper.step % run.keep_every == 0
+        if due or keep:
+            keeper.try_to_save()
+        if keep and keeper.saved == keeper.step:
+            keeper.checkpoint()
+        asides: list[tuple[str, Callable[[], None]]] = []
+        if run.sample_every and keeper.step % run.sample_every == 0:
+            asides.append(("the sheet of samples", draw))
+        if validation and run.validate_every and keeper.step % run.validate_every == 0:
+            asides.append(("the validation", validate))
+        for what, do in asides:
+            aside(what, do)
+        if asides and halted():
+            break
+    if keeper.step < run.steps:
+        return INTERRUPTED
+    if keeper.step != keeper.saved:
+        keeper.save()
+    keeper.export(run.out)
+    if micros:
+        aside("the sheet of samples", draw)
+        if validation:
+            aside("the validation", validate)
     accelerator.wait_for_everyone()
     return FINISHED
 
 
-def autocast(run: RunConfig, device: torch.device) -> AbstractContextManager:
-    """The precision of the forward pass."""
-    bf16 = run.precision == "bf16" or (run.precision == "auto" and computes_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+def _reason(stops: Stops) -> str:
+    return stops.reason or "another process was told to"
 
 
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the device is faster in bf16 than in fp32.
+def _diverged(bad: int, step: int, logs: dict[str, float], optimiser: OptimiserConfig) -> str:
+    """What to say of a loss that stays not finite."""
+    return (
+        f"the loss or the gradient was not finite in {bad} steps in a row, up to step {step}: {logs}. None of these "
+        f"steps changed the weights. Go on with a lower rate (--run.resume --run.change optimiser.lr --optimiser.lr "
+        f"{optimiser.lr / 2:g}), or in fp32 (--run.resume --run.change run.precision --run.precision fp32)"
+    )
 
-    CPUs are with AMX alone: AVX512_BF16 reached 0.55 of fp32's speed in products and convolutions, emulation 0.03.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
-
-def _descend(
-    player: Player,
-    micros: Sequence[Batch],
-    step: int,
-    rate: float,
-    clip: float,
-    run: RunConfig,
-    accelerator: Accelerator,
+def _gradients(
+    player: Player, micros: Sequence[Batch], step: int, clip: float, run: RunConfig, accelerator: Accelerator
 ) -> dict[str, float]:
-    """One optimiser step of one phase; the weights stay where the loss or the gradient is not finite.
+    """Compute the gradients of one phase.
 
     Returns:
-        The losses, averaged over micro-batches and processes, and the norm of the gradient before clipping.
+        The losses, averaged over micro-batches and processes, and ``gradient``, their norm before clipping.
     """
     player.optimiser.zero_grad(set_to_none=True)
     sums: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micros):
-        with _syncing(player, i == len(micros) - 1, accelerator):
-            with autocast(run, accelerator.device):
+        with player.syncing(i == len(micros) - 1, accelerator):
+            with autocast(run.precision, accelerator.device):
                 losses = player.wrapped(batch, step)
             (losses["loss"] * batch["share"]).backward()
         for name, value in losses.items():
@@ -200,32 +242,7 @@ def _descend(
             sums[name] = sums[name] + part if name in sums else part
     reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
     norm = sharding.whole(nn.utils.clip_grad_norm_(player.parameters.values(), clip))
-    values = dict(zip([*sums, "gradient"], [*reduced.tolist(), float(norm)], strict=True))
-    if bool(torch.isfinite(norm)) and bool(torch.isfinite(torch.tensor(values["loss"]))):
-        for group in player.optimiser.param_groups:
-            group["lr"] = rate
-        player.optimiser.step()
-        player.ema.update(step + 1 - player.phase.starts_at())
-    return values
-
-
-def _syncing(player: Player, last: bool, accelerator: Accelerator) -> AbstractContextManager:
-    """Gradients are added over the processes once a step, at its last micro-batch."""
-    if player.sharded:
-        sharding.sum_gradients(player.phase, last)
-        return nullcontext()
-    return nullcontext() if last else accelerator.no_sync(player.wrapped)
-
-
-def _gather(players: dict[str, Player], keep: bool) -> dict[str, torch.Tensor]:
-    """All that changes while training, whole; with FSDP every process calls this, and those that keep get it."""
-    out = {}
-    for name, player in players.items():
-        for key, tensor in player.tensors().items():
-            full = sharding.whole(tensor)
-            if keep:
-                out[f"{name}/{key}"] = full.cpu() if player.sharded else full
-    return out
+    return dict(zip([*sums, "gradient"], [*reduced.tolist(), float(norm)], strict=True))
 
 
 def _whole_steps(micros: Iterable[Batch], device: torch.device) -> Iterator[OnDevice]:
@@ -238,70 +255,28 @@ def _whole_steps(micros: Iterable[Batch], device: torch.device) -> Iterator[OnDe
             step = []
 
 
-def _restore(run: RunConfig, recipe: dict[str, Any], players: dict[str, Player]) -> tuple[int, int]:
-    """Steps done and skipped; loads the state where the run is to go on."""
-    there = (run.out / states.FILE).is_file()
-    if not run.resume or not there:
-        if there:
-            raise DAVAEError(
-                f"{run.out} holds the state of a run: go on with it (--run.resume), or choose another folder "
-                "(--run.out)"
-            )
-        return 0, 0
-    saved = states.load(run.out)
-    changed = differences(saved.recipe, recipe)
-    if changed:
-        raise DAVAEError(
-            f"the run in {run.out} was made with other settings, so this would not be the same run: "
-            f"{'; '.join(changed)}. Use the old settings, or another folder (--run.out)"
-        )
-    for name, player in players.items():
-        player.load(states.part(saved.tensors, f"{name}/"))
-    return saved.step, saved.skipped
-
-
-@contextmanager
-def _saved_on_error(report: Report, save: Callable[[], None] | None) -> Iterator[None]:
-    """What stops the training inside does not lose the steps before it."""
+def _next(steps: Iterator[OnDevice], keeper: Keeper, accelerator: Accelerator) -> Sequence[Batch]:
+    """The next step's micro-batches. Where one process has none, all save and end together."""
+    micros: Sequence[Batch] = []
+    problem: Exception | None = None
     try:
-        yield
-    except DAVAEError:
-        if save is not None:
-            save()
-        report.close()
-        raise
+        micros = next(steps)
+    except StopIteration:
+        problem = DAVAEError(f"there are no images for step {keeper.step + 1}")
+    except Exception as error:
+        problem = error
+    if accelerator.num_processes > 1 and _agreed(accelerator, problem is not None)[0]:
+        if keeper.step != keeper.saved:
+            keeper.save()
+        problem = problem or DAVAEError("another process of this run could not go on, and says why")
+    if problem is not None:
+        raise problem
+    return micros
 
 
-@contextmanager
-def _averages(players: dict[str, Player]) -> Iterator[None]:
-    """Inside, the weights of all phases are their averages."""
-    with ExitStack() as stack:
-        for player in players.values():
-            stack.enter_context(player.ema.applied())
-        yield
-
-
-def _agreed(flag: bool, accelerator: Accelerator) -> bool:
-    """True on all processes if it is on any."""
+def _agreed(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Each flag is true on all processes if it is on any."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM ask for a stop after the current step; a second one stops at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        return list(flags)
+    told = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return (accelerator.reduce(told, reduction="sum") > 0).tolist()

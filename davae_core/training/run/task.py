@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ...history import History
+
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
 
@@ -52,5 +54,10 @@ class Task(Protocol):
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Figures on held-out images, by name; the weights are the averaged ones, gradients are off."""
 
-    def export(self, folder: Path) -> list[Path]:
-        """Write the finished files; the weights are the averaged ones."""
+    def export(self, folder: Path, history: History) -> list[Path]:
+        """Write the finished files; the weights are the averaged ones. Nothing that trains may change by it.
+
+        Args:
+            folder: where to.
+            history: what the files tell of their training; the task adds what they belong to.
+        """

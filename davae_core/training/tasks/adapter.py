@@ -7,7 +7,7 @@ Writes an adapter file.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from ...davae import DAVAE
 from ...embeddings import Embeddings
 from ...errors import DAVAEError
 from ...held_out import velocity_errors
+from ...history import History, Identity, Role, identity
 from ...images import tile
 from ...mmdit import MMDiTConfig
 from ...prompts import encode, source
@@ -32,7 +33,7 @@ from ..data.latents import Encode, LatentCache
 from ..data.stored_latents import load_latents
 from ..objective import FlowConfig, noised
 from ..run.config import OptimiserConfig, RunConfig
-from ..run.launch import Images, launch
+from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from ..text.asked import read_prompts
@@ -131,21 +132,29 @@ class Parts:
         text: encodes captions, or holds what they are encoded to.
         model: state dict of the pretrained diffusion model.
         start: an adapter to start from.
+        of: what these are to the adapter that is made.
     """
 
     davae: DAVAE
     text: TextEncoder | Embeddings
     model: dict[str, torch.Tensor]
     start: Adapter | None = None
+    of: dict[Role, Identity] = field(default_factory=dict)
 
     @classmethod
     def read(cls, recipe: AdapterRecipe) -> "Parts":
         """Out of the recipe's files."""
+        davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32)
+        text = source(recipe.text_encoder, recipe.embeddings)
+        model = pretrained.diffusion_model(recipe.model)
+        of: dict[Role, Identity] = {
+            "base_model": identity("base_model", model, recipe.model.name),
+            "davae": identity("davae", davae.state_dict(), recipe.autoencoder.name),
+        }
+        if recipe.start is None:
+            return cls(davae, text, model, of=of)
         return cls(
-            checkpoints.load_autoencoder(recipe.autoencoder, torch.float32),
-            source(recipe.text_encoder, recipe.embeddings),
-            pretrained.diffusion_model(recipe.model),
-            checkpoints.load_adapter(recipe.start) if recipe.start else None,
+            davae, text, model, checkpoints.load_adapter(recipe.start), of | {"start": Identity(recipe.start.name)}
         )
 
 
@@ -162,7 +171,7 @@ class AdapterTask:
         self.recipe = recipe
         check_settings(recipe)
         parts = parts or Parts.read(recipe)
-        self.davae, self.text = parts.davae.requires_grad_(False), parts.text
+        self.davae, self.text, self.of = parts.davae.requires_grad_(False), parts.text, parts.of
         if recipe.run.prompts is not None:  # a prompt without an embedding is found now and not at the first sheet
             encode(self.text, [asked.prompt for asked in read_prompts(recipe.run.prompts)], torch.device("cpu"))
         self.model = AdaptedModel(
@@ -242,17 +251,17 @@ class AdapterTask:
         )
         return velocity_errors(predict, latents, {"base": slice(channels), "detail": slice(channels, None)})
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, history: History) -> list[Path]:
         """The adapter in fp32."""
         told = self.recipe.recommended
         adapter = self.model.adapter(replace(told, size=told.size or self.recipe.data.size))
-        checkpoints.save_adapter(folder / self.recipe.file, adapter)
+        checkpoints.save_adapter(folder / self.recipe.file, adapter, history=replace(history, of=self.of))
         return [folder / self.recipe.file]
 
 
-def train(recipe: AdapterRecipe) -> int:
+def train(recipe: AdapterRecipe, launch: Launch = launch) -> int:
     """Train on the images of the recipe; the exit code."""
     davae = checkpoints.load_autoencoder(recipe.autoencoder)
     patch = MMDiTConfig.patch
     latents = load_latents(recipe.latents, recipe.autoencoder) if recipe.latents else None
-    return launch(recipe, davae.latent.factor * patch, lambda images: AdapterTask(recipe, images), latents=latents)
+    return launch(recipe, davae.latent.factor * patch, AdapterTask, latents=latents)

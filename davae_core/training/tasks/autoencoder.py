@@ -6,11 +6,10 @@ Source: arXiv 2603.22125 sec. 3.1. Writes a DA-VAE file with the measured statis
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import nn
 
@@ -22,6 +21,7 @@ from ...bases import Base
 from ...davae import DAVAE
 from ...errors import DAVAEError
 from ...held_out import flat, reconstruction_errors
+from ...history import History, Identity, Role, identity
 from ...images import tile
 from ...metrics import resize_bicubic
 from ...perceptual import PerceptualDistance
@@ -30,12 +30,12 @@ from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..objective import Reconstruction, ReconstructionConfig, sampled, start_certain, statistics
 from ..run.config import OptimiserConfig, RunConfig
-from ..run.launch import Images, launch
+from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from . import pieces
 from .begin import Units, on_base, start_from
-from .critic import CriticConfig, CriticPhase, PatchCritic
+from .critic import CriticConfig, CriticPhase, PatchCritic, gradient_ratio
 from .recompute import recompute
 
 
@@ -159,17 +159,6 @@ class AutoencoderPhase(Phase):
         return losses
 
 
-def gradient_ratio(loss: torch.Tensor, other: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """|d loss / d parameter| over |d other / d parameter|, at most 10^4; of the whole batch over all processes."""
-    norms = []
-    for value in (loss, other):
-        (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(gradient)
-        norms.append(gradient.norm())
-    return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()
-
-
 @dataclass
 class Parts:
     """What a DA-VAE is trained with.
@@ -178,17 +167,22 @@ class Parts:
         base: the base VAE, in fp32.
         family: the base model that it belongs to.
         distance: the perceptual distance; None loads the one of the recipe, if it has one.
+        of: what these are to the file that is made.
     """
 
     base: Autoencoder
     family: Base
     distance: PerceptualDistance | None = None
+    of: dict[Role, Identity] = field(default_factory=dict)
 
     @classmethod
     def read(cls, recipe: AutoencoderRecipe) -> "Parts":
         """Out of the recipe's files."""
         base = pretrained.base_vae(recipe.base)
-        return cls(base, pretrained.base_of_file(recipe.base, base.config, recipe.family))
+        of: dict[Role, Identity] = {"base_vae": identity("base_vae", base.state_dict(), recipe.base.name)}
+        if recipe.start is not None:
+            of["start"] = Identity(recipe.start.name)
+        return cls(base, pretrained.base_of_file(recipe.base, base.config, recipe.family), of=of)
 
 
 class AutoencoderTask:
@@ -204,6 +198,7 @@ class AutoencoderTask:
         torch.manual_seed(recipe.run.seed)
         self.recipe, self.images = recipe, images
         parts = parts or Parts.read(recipe)
+        self.of = parts.of
         units = parts.family.normalisation or (0.0, 1.0)
         self.model = on_base(parts.base, recipe.detail_channels, recipe.scale, recipe.train_trunk, units)
         if parts.family.normalisation is None and recipe.start is None:
@@ -260,12 +255,13 @@ class AutoencoderTask:
         images = (x for batch in batches for x in batch["image"].split(1))
         return flat(reconstruction_errors(images, reconstruct, [distance] if distance else []))
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, history: History) -> list[Path]:
         """The DA-VAE in fp32, with the statistics of its detail channels."""
         if not self.recipe.freeze_detail:
             self.measure()
         path = folder / self.recipe.file
-        checkpoints.save_autoencoder(path, self.model, Recommended(size=self.recipe.data.size))
+        recommended = Recommended(size=self.recipe.data.size)
+        checkpoints.save_autoencoder(path, self.model, recommended, history=replace(history, of=self.of))
         return [path]
 
     def measure(self) -> None:
@@ -313,7 +309,7 @@ def freeze_detail(model: DAVAE, recipe: AutoencoderRecipe) -> None:
             parameter.requires_grad_(False)
 
 
-def train(recipe: AutoencoderRecipe) -> int:
+def train(recipe: AutoencoderRecipe, launch: Launch = launch) -> int:
     """Train on the images of the recipe; the exit code."""
     factor = pretrained.base_vae(recipe.base).config.factor * recipe.scale
-    return launch(recipe, factor, lambda images: AutoencoderTask(recipe, images))
+    return launch(recipe, factor, AutoencoderTask)

@@ -13,14 +13,15 @@ import torch
 
 from ... import bases, tiny
 from ...autoencoder import Autoencoder, AutoencoderConfig
-from ...checkpoints import files
+from ...checkpoints import files, metadata
 from ...held_out import flat, reconstruction_errors
+from ...history import History
 from ...images import tile
 from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..objective import Reconstruction, ReconstructionConfig, sampled, start_certain, statistics
 from ..run.config import OptimiserConfig, RunConfig
-from ..run.launch import Images, launch
+from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 
@@ -90,7 +91,7 @@ class BaseAutoencoderTask:
         images = (x for batch in batches for x in batch["image"].split(1))
         return flat(reconstruction_errors(images, reconstruct, [self.distance] if self.distance else []))
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, history: History) -> list[Path]:
         """The autoencoder in fp32, with the name of its family."""
         state = self.model.state_dict()
         if self.base.normalisation is not None:
@@ -98,7 +99,8 @@ class BaseAutoencoderTask:
             spread = float(std.square().mean().sqrt())
             state = scaled(state, 1 / self.base.normalisation[1] / spread)
         family = {bases.BASE_KEY: self.base.name} if self.base.name else {}
-        files.save(folder / tiny.BASE_AUTOENCODER, state, {"modelspec.title": "Base autoencoder", **family})
+        about = {"modelspec.title": "Base autoencoder", **family, **metadata.history_entry(history)}
+        files.save(folder / tiny.BASE_AUTOENCODER, state, about)
         return [folder / tiny.BASE_AUTOENCODER]
 
 
@@ -118,6 +120,6 @@ def scaled(state: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Ten
     return state
 
 
-def train(recipe: BaseAutoencoderRecipe) -> int:
+def train(recipe: BaseAutoencoderRecipe, launch: Launch = launch) -> int:
     """Train on the images of the recipe; the exit code."""
-    return launch(recipe, recipe.model.factor, lambda images: BaseAutoencoderTask(recipe, images))
+    return launch(recipe, recipe.model.factor, BaseAutoencoderTask)

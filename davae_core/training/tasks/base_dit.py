@@ -6,7 +6,7 @@ Writes a diffusion model that ComfyUI loads as an SD3.5 model, and the text enco
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from torch import nn
 
 from ... import bases, checkpoints, tiny
 from ... import sampling as sampler
-from ...checkpoints import files
+from ...checkpoints import files, metadata
 from ...errors import DAVAEError
 from ...held_out import velocity_errors
+from ...history import History, identity
 from ...images import tile
 from ...mmdit import MMDiT, MMDiTConfig, sincos_grid
 from ...text_encoder import TextEncoder, TextEncoderConfig
@@ -27,7 +28,7 @@ from ..data.draws import Draws
 from ..data.latents import LatentCache
 from ..objective import FlowConfig, noised
 from ..run.config import OptimiserConfig, RunConfig
-from ..run.launch import Images, launch
+from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from ..text.captions import thinned, vocabulary
@@ -133,9 +134,11 @@ class BaseDiTTask:
         latents = ((self.held_out(batch["image"]), batch["caption"]) for batch in batches)
         return velocity_errors(predict, latents, {"base": slice(None)})
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, history: History) -> list[Path]:
         """The diffusion model and the text encoder, fp32."""
-        files.save(folder / tiny.MODEL, self.model.state_dict(), {"modelspec.title": "Base diffusion model"})
+        vae = identity("base_vae", self.autoencoder.state_dict(), self.recipe.autoencoder.name)
+        told = metadata.history_entry(replace(history, of={"base_vae": vae}))
+        files.save(folder / tiny.MODEL, self.model.state_dict(), {"modelspec.title": "Base diffusion model", **told})
         checkpoints.save_text_encoder(folder / tiny.TEXT_ENCODER, self.text)
         return [folder / tiny.MODEL, folder / tiny.TEXT_ENCODER]
 
@@ -160,8 +163,8 @@ def fresh(config: MMDiTConfig) -> MMDiT:
     return model
 
 
-def train(recipe: BaseDiTRecipe) -> int:
+def train(recipe: BaseDiTRecipe, launch: Launch = launch) -> int:
     """Train on the images of the recipe; the exit code."""
     multiple = 8 * recipe.model.patch
     # The last block's text queries are read by nobody: the norm of these queries gets no gradient.
-    return launch(recipe, multiple, lambda images: BaseDiTTask(recipe, images), unused=True)
+    return launch(recipe, multiple, BaseDiTTask, unused=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import nn
 
@@ -70,3 +71,14 @@ class CriticPhase(Phase):
         real, fake = scores.chunk(2)
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
         return {"loss": loss, "real": real.mean(), "fake": fake.mean()}
+
+
+def gradient_ratio(loss: torch.Tensor, other: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """|d loss / d parameter| over |d other / d parameter|, at most 10^4; of the whole batch over all processes."""
+    norms = []
+    for value in (loss, other):
+        (gradient,) = torch.autograd.grad(value, parameter, retain_graph=True)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(gradient)
+        norms.append(gradient.norm())
+    return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4).detach()

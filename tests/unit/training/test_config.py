@@ -32,7 +32,7 @@ class Recipe:
 def test_a_flat_recipe_survives_json(recipe: object) -> None:
     flat = config.flat(recipe)
     assert json.loads(json.dumps(flat)) == flat
-    assert config.differences(json.loads(json.dumps(flat)), flat) == []
+    assert config.differences(json.loads(json.dumps(flat)), flat) == {}
     assert {"run.steps", "data.images", "optimiser.lr"} < set(flat)
 
 
@@ -45,14 +45,14 @@ def test_what_may_differ_is_part_of_the_recipes() -> None:
 def test_differences_are_named_with_both_values() -> None:
     old = config.flat(Recipe())
     new = config.flat(Recipe(run=RunConfig(seed=3, out=Path("elsewhere"), resume=True)))
-    assert config.differences(old, new) == ["run.seed: was 0, is 3"]
-    assert config.differences(old, old) == []
+    assert config.differences(old, new) == {"run.seed": "run.seed: was 0, is 3"}
+    assert config.differences(old, old) == {}
 
 
 def test_a_field_that_is_new_or_gone_is_a_difference() -> None:
     old = config.flat(Recipe())
-    assert config.differences(old, old | {"run.new": 1}) == ["run.new: was None, is 1"]
-    assert config.differences(old | {"run.gone": 1}, old) == ["run.gone: was 1, is None"]
+    assert config.differences(old, old | {"run.new": 1}) == {"run.new": "run.new: was None, is 1"}
+    assert config.differences(old | {"run.gone": 1}, old) == {"run.gone": "run.gone: was 1, is None"}
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"micro_batch": -1}, {"log_every": 0}, {"bad_steps": 0}])

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from davae_core.errors import CheckpointError, DAVAEError
-from davae_core.training.run import loop, state
+from davae_core.history import History
+from davae_core.training.run import loop, precision, state, stopping
 from davae_core.training.run.config import OptimiserConfig, RunConfig
 from davae_core.training.run.task import Batch, Losses, Phase
 
@@ -68,7 +70,7 @@ class LineTask:
         self.shown += [p.detach().clone() for p in self.phases["line"].parameters()]
         return torch.zeros(3, 8, 8)
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, history: History) -> list[Path]:
         self.sheet({})
         return []
 
@@ -119,7 +121,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_its_state_saved(tmp_path: 
     line = Line(range(4, 100))
     with pytest.raises(DAVAEError, match=r"in 3 steps in a row, up to step 7: .*nan.*optimiser\.lr") as problem:
         train(LineTask(line=line), tmp_path, steps=50, bad_steps=3)
-    assert "the state is saved" in str(problem.value)
+    assert f"The state of step 7 is in {tmp_path}: --run.resume goes on from it" in str(problem.value)
     saved = state.load(tmp_path)
     assert (saved.step, saved.skipped) == (7, 3)
     assert torch.equal(saved.tensors["line/weight/weight"], line.seen[4])
@@ -151,7 +153,7 @@ def test_what_is_shown_and_exported_is_the_average(tmp_path: Path) -> None:
     assert torch.equal(line.weight, weight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_its_step(
     tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,29 +165,33 @@ def test_a_signal_ends_the_run_after_its_step(
     saved = state.load(tmp_path)
     assert saved.step == 4
     assert torch.equal(saved.tensors["line/weight/weight"], line.weight)
-    assert f"stopped at step 4 of 8; the state is in {tmp_path}: --run.resume goes on" in capsys.readouterr().err
+    said = f"stopped at step 4 of 8 ({number.name}); the state of step 4 is in {tmp_path}: --run.resume goes on from it"
+    assert said in capsys.readouterr().err
     assert task.shown == []
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_the_run_at_once_with_the_steps_before_it_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = Line()
 
     def twice(step: int) -> None:
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(stopping.ECHO_SECONDS + 0.05)
             os.kill(os.getpid(), signal.SIGINT)
 
     line.at_step = twice
-    with pytest.raises(KeyboardInterrupt):
-        train(LineTask(line=line), tmp_path)
+    assert train(LineTask(line=line), tmp_path) == loop.INTERRUPTED
     assert max(line.seen) == 2
-    assert not (tmp_path / state.FILE).exists()
+    assert state.load(tmp_path).step == 3
+    assert f"stopped (SIGINT) at step 3 of 8; the state of step 3 is in {tmp_path}" in capsys.readouterr().err
 
 
 def test_signals_are_what_they_were_after_a_run(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
     train(LineTask(line=Line()), tmp_path, steps=1)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
 
 
 def test_the_state_is_written_as_often_as_asked_for(tmp_path: Path) -> None:
@@ -214,10 +220,10 @@ def test_the_gradient_is_logged_before_it_is_clipped(curves: Read, tmp_path: Pat
 def test_bf16_is_what_is_asked_for_or_what_the_device_can() -> None:
     cpu = torch.device("cpu")
 
-    def computes(precision: Any) -> torch.dtype:
-        with loop.autocast(RunConfig(precision=precision), cpu):
+    def computes(asked: str) -> torch.dtype:
+        with precision.autocast(asked, cpu):
             return (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
 
     assert computes("fp32") is torch.float32
     assert computes("bf16") is torch.bfloat16
-    assert computes("auto") is (torch.bfloat16 if loop.computes_bf16(cpu) else torch.float32)
+    assert computes("auto") is (torch.bfloat16 if precision.computes_bf16(cpu) else torch.float32)

@@ -133,7 +133,8 @@ def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(stages: Any, tmp_path: Pat
     assert script.returncode == 130
     assert "Traceback" not in said
     step = state.load(parts).step
-    assert f"stopped at step {step} of 1000000; the state is in {parts}: --run.resume goes on" in said
+    name = signal.Signals(number).name
+    assert f"stopped at step {step} of 1000000 ({name}); the state of step {step} is in {parts}: --run.resume" in said
     assert stages.run("adapter", parts, step + 2, "--run.resume", *constant) == 0
     assert stages.run("adapter", whole, step + 2, *constant) == 0
     assert same(stages.weights(parts), stages.weights(whole))

@@ -1,0 +1,88 @@
+"""Whether a run may go on from a state: with the same settings, made from the same things, or with chosen changes."""
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import DAVAEError
+from . import state as states
+from .config import RunConfig, differences
+
+logger = logging.getLogger(__name__)
+
+
+def found(run: RunConfig) -> states.State | None:
+    """The header of the state that the run goes on from; None where it begins.
+
+    Raises:
+        DAVAEError: there is a run in the folder, and this one is not to go on with it; or changes are named of a run
+            that begins.
+        CheckpointError: the state is damaged.
+    """
+    there = (run.out / states.FILE).exists()
+    if there and not run.resume:
+        raise DAVAEError(
+            f"{run.out} holds the state of a run: go on with it (--run.resume), or choose another folder (--run.out)"
+        )
+    if run.change and not run.resume:
+        raise DAVAEError("--run.change names what differs from the run that goes on: give --run.resume too")
+    if run.resume and not there:
+        logger.info("there is nothing to resume in %s: the run starts from the beginning", run.out)
+    return states.load_header(run.out) if there else None
+
+
+def changes(
+    saved: states.State, recipe: Mapping[str, Any], origins: Mapping[str, states.Origin], run: RunConfig
+) -> tuple[str, ...]:
+    """What is changed on purpose, one line each.
+
+    Args:
+        saved: the state that the run goes on from.
+        recipe: the flat settings of now.
+        origins: what they name now.
+        run: tells what may be changed.
+
+    Raises:
+        DAVAEError: something else has changed, or there is no setting of a name that may be changed.
+    """
+    _check_names(run.change, {*saved.recipe, *recipe, *origins})
+    before = saved.about.origins
+    known = {name for name in origins if name in before}
+    lines = {name: line for name, line in differences(saved.recipe, recipe).items() if name not in known}
+    for name in sorted(known):
+        was, now = before[name], origins[name]
+        if was.hash != now.hash:
+            lines[name] = f"{name}: was {was.about} ({was.hash[:8]}), is {now.about} ({now.hash[:8]})"
+    refused = {name: line for name, line in lines.items() if not _covered(name, run.change)}
+    if refused:
+        raise DAVAEError(
+            f"the run in {run.out} was made with other settings, so this would not be the same run: "
+            f"{'; '.join(refused.values())}. Use the old settings, or another folder (--run.out), or name what you "
+            f"change on purpose: --run.resume --run.change {' '.join([*run.change, *refused])}"
+        )
+    return tuple(f"from step {saved.step} on, {line}" for line in lines.values())
+
+
+def _covered(name: str, allowed: Iterable[str]) -> bool:
+    """Whether a setting, or a group that it is in, is among those that may change."""
+    return any(name == one or name.startswith(f"{one}.") for one in map(_plain, allowed))
+
+
+def _plain(name: str) -> str:
+    """``--optimiser.weight-decay`` as ``optimiser.weight_decay``."""
+    return name.lstrip("-").replace("-", "_").rstrip(".")
+
+
+def _check_names(allowed: Iterable[str], known: Iterable[str]) -> None:
+    for name in allowed:
+        if not any(_covered(setting, [name]) for setting in known):
+            near = difflib.get_close_matches(_plain(name), list(known), n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise DAVAEError(f"there is no setting {name} to change (--run.change){hint}")
+
+
+def where(folder: Path, step: int) -> str:
+    """How to go on from a state."""
+    return f"the state of step {step} is in {folder}: --run.resume goes on from it"
