@@ -24,6 +24,7 @@ ANNOTATIONS = {"comfy.model_patcher.ModelPatcher": MODEL, "comfy.model_base.Base
 OBJECTS = {
     "autoencoder.py": {"self.patcher": MODEL},
     "carried.py": {"self.base": MODEL, "self.patcher": MODEL, "source": MODEL, "patcher": MODEL},
+    "model.py": {"self.diffusion_model": f"{INNER}.diffusion_model"},
     "merged.py": {"config": CONFIG, "model": INNER},
     "rebuild.py": {"self.base": MODEL, "patcher": MODEL, "model": INNER, "config": CONFIG},
     "versions.py": {"loaded": "comfy.model_management.LoadedModel"},
