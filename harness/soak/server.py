@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import random
 import sys
 import tempfile
@@ -294,11 +295,12 @@ def row(counts: Counts, minutes: float, seed: int, version: str) -> str:
 def write(document: Path, line: str, version: str) -> None:
     """Put the row of a run in the place of that of the same ComfyUI."""
     before, _, after = document.read_text(encoding="utf-8").partition(MARK)
-    table, _, rest = after.lstrip("\n").partition("\n\n")
-    rows = [old for old in table.splitlines()[2:] if f"| {version} |" not in old]
-    columns = HEAD.count("|") - 1
-    lines = [HEAD, "|" + "---|" * columns, *sorted([*rows, line])]
-    document.write_text(f"{before}{MARK}\n" + "\n".join(lines) + "\n\n" + rest, encoding="utf-8")
+    below = after.lstrip("\n").splitlines()
+    table = list(itertools.takewhile(lambda old: old.startswith("|"), below))
+    rows = [old for old in table[2:] if f"| {version} |" not in old]
+    lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1), *sorted([*rows, line])]
+    rest = "\n".join(below[len(table) :]).lstrip("\n")
+    document.write_text(f"{before}{MARK}\n" + "\n".join(lines) + f"\n\n{rest}\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
