@@ -107,6 +107,13 @@ class Listing:
         """Say why something is not taken."""
         self.left_out.setdefault(why, []).append(name)
 
+    def add(self, other: "Listing") -> None:
+        """Take over what another listing says, but for its sources; each name once."""
+        for mine, theirs in ((self.left_out, other.left_out), (self.noted, other.noted)):
+            for what, names in theirs.items():
+                mine[what] = list(dict.fromkeys([*mine.get(what, []), *names]))
+        self.unreadable |= other.unreadable
+
     def note(self, what: str, name: str) -> None:
         """Say what is odd about an image that is taken."""
         self.noted.setdefault(what, []).append(name)

@@ -30,6 +30,7 @@ from .batches import Draw, sample_seed
 from .config import DataConfig
 from .dataset import FLIP, ImageData, Item, fixed
 from .latents import KEYS, latent_key
+from .listing import Source
 from .survey import Collection
 
 KIND, MAKER = "latents", "python -m davae_core.training latents"
@@ -97,24 +98,35 @@ class StoredLatents:
         path = self.kept.folder / BROKEN
         broken = foreign_json.read(path) if path.is_file() else {}
         missing: dict[str, list[str]] = {}
-        kept = []
-        for i, (source, bucket) in enumerate(zip(found.sources, found.bucket_of, strict=True)):
+
+        def there(source: Source, bucket: int, ways: tuple[bool, ...]) -> bool:
             keys = [latent_key(source, found.shapes[bucket], mirrored) for mirrored in ways]
-            if why := next((broken[key] for key in keys if key in broken), None):
-                found.table.left_out.setdefault(survey.UNREADABLE, []).append(f"{source.name}: {why}")
-            elif all(key in self.kept for key in keys):
-                kept.append(i)
-            else:
+            if reason := next((broken[key] for key in keys if key in broken), None):
+                found.table.left_out.setdefault(survey.UNREADABLE, []).append(f"{source.name}: {reason}")
+            elif any(key not in self.kept for key in keys):
                 known = source.name in names
                 why = "have changed since, or are now cut or mirrored in another way" if known else "are not in it"
                 missing.setdefault(why, []).append(source.name)
+            return reason is None
+
+        pairs = zip(found.sources, found.bucket_of, strict=True)
+        trained = [(source, bucket) for source, bucket in pairs if there(source, bucket, ways)]
+        pairs = zip(found.held, found.held_bucket_of, strict=True)
+        held = [(source, bucket) for source, bucket in pairs if there(source, bucket, (False,))]
         if missing:
             told = "; ".join(f"{len(some)} {why}, for example {some[0]}" for why, some in missing.items())
             raise DAVAEError(
-                f"the latents in {self.kept.folder} do not fit this training: of {len(found.sources)} images {told}. "
+                f"the latents in {self.kept.folder} do not fit this training: of "
+                f"{len(found.sources) + len(found.held)} images {told}. "
                 f"Run {MAKER} again with its --data.images, size, buckets and flip: it computes only what is missing"
             )
-        return replace(found, sources=[found.sources[i] for i in kept], bucket_of=[found.bucket_of[i] for i in kept])
+        return replace(
+            found,
+            sources=[source for source, _ in trained],
+            bucket_of=[bucket for _, bucket in trained],
+            held=[source for source, _ in held],
+            held_bucket_of=[bucket for _, bucket in held],
+        )
 
 
 def load_latents(folder: Path, autoencoder: Path) -> StoredLatents:

@@ -98,10 +98,15 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
     """
     shapes = cutting.shapes(config.size, multiple, config.buckets)
     listing = find(config.images, out)
-    table = Table(len(listing.sources) + len(listing.unreadable), noted=listing.noted)
-    readable = _readable(listing)
-    aside = _readable(find(config.held_folders, out)) if config.held_folders else []
+    readable, aside = _readable(listing), []
+    if config.held_folders:
+        apart = find(config.held_folders, out)
+        aside = _readable(apart)
+        listing.add(apart)
+    named = {source.name for source in [*readable, *aside]} | listing.unreadable.keys()
+    table = Table(len(named), noted=listing.noted)
     _check_readable(config, listing, table.found)
+    small: dict[str, Source] = {}
 
     def fitting(among: Sequence[Source]) -> tuple[list[Source], list[int]]:
         kept, buckets = [], []
@@ -110,8 +115,8 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
             if config.enlarge or not cutting.is_enlarged(source.size, shapes[bucket]):
                 kept.append(source)
                 buckets.append(bucket)
-            elif source not in aside:
-                listing.leave_out(SMALL, f"{source.name} ({source.size[0]} x {source.size[1]})")
+            else:
+                small[source.name] = source
         return kept, buckets
 
     large, _ = fitting(readable)
@@ -119,6 +124,8 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
     identities = {source.identity for source in held}
     sources, bucket_of = fitting([source for source in large if source.identity not in identities])
     held, held_bucket_of = fitting(held)
+    for source in small.values():
+        listing.leave_out(SMALL, f"{source.name} ({source.size[0]} x {source.size[1]})")
     for name, why in listing.unreadable.items():
         listing.leave_out(UNREADABLE, f"{name}: {why}")
     for source in large:

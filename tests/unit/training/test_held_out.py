@@ -72,10 +72,14 @@ def test_folders_can_be_held_out_even_inside_the_others(config: DataConfig, tmp_
     paint(tmp_path / "photos" / "aside" / "x.png", 100)
     paint(tmp_path / "apart" / "y.png", 101)
     paint(tmp_path / "apart" / "small.png", 102, (8, 8))
+    (tmp_path / "apart" / "broken.png").write_bytes(b"")
     config = replace(config, held_out=(str(tmp_path / "photos" / "aside"), str(tmp_path / "apart")))
     assert held(config) == ["x.png", "y.png"]
     assert len(trained(config)) == 50
-    assert collect(config, 8).table.told()["taken"]["held out"] == 2
+    told = collect(config, 8).table.told()
+    assert (told["found"], told["taken"]["held out"]) == (54, 2)
+    counts = {what.split(" (")[0]: line["count"] for what, line in told["left_out"].items()}
+    assert counts == {"unreadable": 1, "smaller than the training's size": 1, "held out": 1}
 
 
 def test_nothing_is_held_out_unless_asked_for_and_then_at_least_one(config: DataConfig, tmp_path: Path) -> None:

@@ -86,6 +86,13 @@ def test_pictures_that_changed_and_new_ones_are_named(stages: Any, autoencoder: 
     stored, config = load_latents(tmp_path / "latents", autoencoder), DataConfig((str(images),), size=32)
     Image.open(images / "3.png").rotate(90).save(images / "3.png")
     shutil.copy(images / "3.png", images / "new.png")
+    aside = images / "aside"
+    aside.mkdir()
+    Image.new("RGB", (32, 32)).save(aside / "held.png")
+    apart = replace(config, held_out=(str(aside),))
+    with pytest.raises(DAVAEError, match=r"of 10 images 1 have changed .*; 2 are not in it"):
+        stored.fitted(collect(apart, 32), apart)
+    shutil.rmtree(aside)
     with pytest.raises(DAVAEError, match=r"of 9 images 1 have changed since.*3\.png; 1 are not in it.*new\.png\. Run"):
         stored.fitted(collect(config, 32), config)
     for other in (replace(config, random_crop=True), replace(config, size=64, enlarge=True)):
