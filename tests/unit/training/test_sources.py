@@ -1,6 +1,8 @@
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +272,27 @@ def test_greys_of_16_bits_keep_their_brightness(tmp_path: Path) -> None:
     grey = np.array([[0, 257 * 100 - 128, 257 * 100 + 128, 65535]], dtype=np.uint16)
     (source,) = index([folder(tmp_path, {"x.png": encoded(Image.fromarray(grey))})])
     assert pixels(source)[0].tolist() == [[0] * 3, [100] * 3, [100] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize(("colours", "kind"), [(3, 2), (4, 6)])
+def test_colours_of_16_bits_keep_their_brightness(colours: int, kind: int, tmp_path: Path) -> None:
+    row = b"\0" + struct.pack(f">{colours}H", *[0x4000, 0x8000, 0xC000, 0xFFFF][:colours])
+    content = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    (source,) = index([folder(tmp_path, {"x.png": content})])
+    assert pixels(source)[0, 0].tolist() == [0x40, 0x80, 0xC0]
+
+
+def test_a_large_jpeg_is_decoded_no_larger_than_twice_what_is_needed(tmp_path: Path) -> None:
+    y, x = np.mgrid[0:800, 0:1200] / 50
+    waves = np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=-1) * 100 + 128
+    (source,) = index([folder(tmp_path, {"x.jpg": encoded(Image.fromarray(waves.astype(np.uint8)), "JPEG")})])
+    small, whole = source.open(at_least=(96, 64)), source.open()
+    assert (small.size, whole.size) == ((300, 200), (1200, 800))
+    difference = np.asarray(small.resize((96, 64))).astype(int) - np.asarray(whole.resize((96, 64)))
+    assert np.abs(difference).mean() < 2
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK"])
