@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from davae_core import checkpoints, tiny
+from davae_core import checkpoints, images, tiny
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.checkpoints import files
 from davae_core.errors import DAVAEError
@@ -31,6 +32,7 @@ from davae_core.training.tasks.autoencoder import AutoencoderRecipe, Autoencoder
 from davae_core.training.text.asked import Asked, read_prompts
 
 GROUPS = {"base": slice(2), "detail": slice(2, None)}
+Stages = Any  # of conftest.py
 Read = Callable[[Path], dict[str, dict[int, float]]]
 
 
@@ -236,3 +238,31 @@ def test_a_davae_is_measured_beside_its_base_vae(tmp_path: Path) -> None:
     assert told["davae/psnr"] == pytest.approx(psnr(y, x).mean().item(), abs=1e-2)
     assert told["base_bicubic/psnr"] == pytest.approx(psnr(resize_bicubic(small, 2), x).mean().item(), abs=1e-2)
     assert told["davae/st-lpips-alex"] > 0
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "figures"),
+    [
+        ("autoencoder", ["davae/psnr", "base_bicubic/psnr"]),
+        ("adapter", ["base", "detail", "detail/t0.9"]),
+    ],
+)
+def test_a_run_with_held_out_images_measures_and_shows_them(
+    stages: Stages, stage: str, figures: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("flat wave 0\nround wave 1 --d 5\nflat wave 2\n")
+    out, held = tmp_path / "out", tmp_path / "held"
+    held.mkdir()
+    for name in ("0.png", "0.txt", "1.png", "1.txt"):
+        shutil.copy(stages.images / name, held / name)
+    options = ["--data.held-out", str(held), "--run.validate-every", "1"]
+    assert stages.run(stage, out, 2, *options, "--run.prompts", str(tmp_path / "prompts.txt")) == 0
+    told = lines(out)
+    assert [line["step"] for line in told] == [0, 1, 2]
+    assert set(figures) <= told[0].keys() and all(line[name] == line[name] for line in told for name in figures)
+    sheet = images.read_image(out / "samples" / "step_0000002.png")
+    # Three prompts are drawn; an autoencoder shows the two held-out images.
+    assert sheet.shape[2] == stages.sizes[stage] * (3 if stage == "adapter" else 2)
