@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import records
+from ...checkpoints import foreign_json
 from ..data.sources import Source
 from .config import FREE
 from .state import Origin
@@ -44,7 +45,7 @@ def _of(path: Path) -> Origin:
         return Origin(path.name, records.fingerprint([path]))
     index = path / records.INDEX
     if index.is_file():
-        told = json.loads(index.read_bytes())
+        told = foreign_json.read(index)
         return Origin(path.name, _hash(json.dumps([told.get("kind"), told.get("about")], sort_keys=True)))
     files = sorted(file for file in path.rglob("*.safetensors"))
     names = "\n".join(str(file.relative_to(path)) for file in files)

@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, tuple[str, Any]]] = {
 def test_a_run_leaves_its_files_its_state_its_curves_and_its_sheet(stages: Any, stage: str) -> None:
     out = stages.folder(stage)
     there = {path.name for path in out.iterdir() if not path.name.startswith("events.")}
-    assert there == {*stages.exports[stage], "state.safetensors", "config.json", "samples"}
+    assert there == {*stages.exports[stage], "state.safetensors", "config.json", "data.json", "samples"}
     curves = stages.curves(out)
     assert {"lr", "skipped"} < set(curves)
     assert all(set(points) == {1, 2} for points in curves.values())
