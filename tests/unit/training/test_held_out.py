@@ -1,5 +1,6 @@
 """Images that are measured on are never trained on, and come in the same order every time."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,14 @@ def test_folders_can_be_held_out_even_inside_the_others(config: DataConfig, tmp_
     paint(tmp_path / "apart" / "y.png", 101)
     paint(tmp_path / "apart" / "small.png", 102, (8, 8))
     (tmp_path / "apart" / "broken.png").write_bytes(b"")
+    shutil.copy(tmp_path / "photos" / "3.png", tmp_path / "apart" / "z.png")
     config = replace(config, held_out=(str(tmp_path / "photos" / "aside"), str(tmp_path / "apart")))
-    assert held(config) == ["x.png", "y.png"]
-    assert len(trained(config)) == 50
+    assert held(config) == ["x.png", "y.png", "z.png"]
+    assert len(trained(config)) == 48 and not {"3.png", "3_copy.png"} & trained(config)
     told = collect(config, 8).table.told()
-    assert (told["found"], told["taken"]["held out"]) == (54, 2)
+    assert (told["found"], told["taken"]["held out"]) == (55, 3)
     counts = {what.split(" (")[0]: line["count"] for what, line in told["left_out"].items()}
-    assert counts == {"unreadable": 1, "smaller than the training's size": 1, "held out": 1}
+    assert counts == {"unreadable": 1, "smaller than the training's size": 1, "held out": 3}
 
 
 def test_nothing_is_held_out_unless_asked_for_and_then_at_least_one(config: DataConfig, tmp_path: Path) -> None:
