@@ -1,7 +1,7 @@
 """Frozen autoencoders at work in little memory: as many images at once as fit, and strips where one is too large.
 
 One rule: the largest activation that is computed at once has at most :data:`LARGEST` numbers. Of the SD3 VAE's encoder
-that is four images of 1024 px or one of 2048 px, about 8 GB in bf16; of its decoder two of 1024 px. A larger image goes
+that is four images of 1024 px or one of 2048 px, about 7 GB; of its decoder two of 1024 px. A larger image goes
 through in strips (:mod:`davae_core.strips`). The results are the same to rounding. Nothing here is for gradients.
 """
 
