@@ -11,6 +11,7 @@ from davae_core.errors import DAVAEError
 from davae_core.training.planning.counter import counting
 from davae_core.training.planning.skeletons import empty
 from davae_core.training.run.on_device import OnDevice
+from davae_core.training.run.task import Batch
 from davae_core.training.tasks import pieces
 
 CONFIG = DAVAEConfig(AutoencoderConfig(widths=(32, 64, 64, 64), blocks=1), base_decoder=True)
@@ -68,7 +69,7 @@ def test_not_enough_memory_is_an_error_that_says_what_to_do() -> None:
 
 
 def test_a_step_brings_one_micro_batch_to_the_device_at_a_time() -> None:
-    batches = [{"image": torch.zeros(2, 3, 8, 8), "caption": [str(i)]} for i in range(3)]
+    batches: list[Batch] = [{"image": torch.zeros(2, 3, 8, 8), "caption": [str(i)]} for i in range(3)]
     step = OnDevice(batches, torch.device("meta"))
     assert len(step) == 3 and all(batch["image"].device.type == "cpu" for batch in batches)
     assert [(batch["image"].device.type, batch["caption"]) for batch in step] == [("meta", [str(i)]) for i in range(3)]

@@ -21,6 +21,8 @@ from davae_core.training.planning.skeletons import Recipe, empty
 from davae_core.training.run import launch
 from davae_core.training.stages import STAGES
 from davae_core.training.tasks import pieces
+from davae_core.training.tasks.adapter import AdapterRecipe
+from davae_core.training.tasks.autoencoder import AutoencoderRecipe
 
 ROOT = Path(__file__).parents[3]
 BASE = AutoencoderConfig(widths=(32, 32, 64, 64), blocks=1)
@@ -37,8 +39,9 @@ def toy(stage: str) -> Recipe:
     """A full-size recipe for toy models, in fp32."""
     recipe = known({"adapter": "sd35m_1024", "autoencoder": "sd3_vae_f16"}[stage])
     run = replace(recipe.run, precision="fp32")
-    if stage == "adapter":
+    if isinstance(recipe, AdapterRecipe):
         return replace(recipe, data=replace(recipe.data, size=384), run=run, rank=32, frozen="fp32")
+    assert isinstance(recipe, AutoencoderRecipe)
     return replace(recipe, data=replace(recipe.data, size=192), run=run, gradient_checkpointing=False)
 
 
