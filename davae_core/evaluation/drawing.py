@@ -39,15 +39,17 @@ MOTTLE, DISTANCE, PSNR_DB, OFF_WHITE, RECALL, NAME, SURVIVES_DB = 1.1, 0.05, 24.
 Figures = dict[str, float]
 
 
-def asked_of(pictures: Sequence[Picture], count: int, references: References) -> list[Asked]:
-    """At most so many captions, evenly spread, with their pictures; a caption's noise depends on its place among the
-    references.
+def asked_of(pictures: Sequence[Picture], count: int, references: References, held_out: bool = False) -> list[Asked]:
+    """At most so many captions, evenly spread, with their pictures: of those that the references hold as captions that
+    were trained on, or as held-out ones. A caption's noise depends on its place among the references.
 
     Raises:
-        DAVAEError: no picture has a caption.
+        DAVAEError: there is none.
     """
-    place = {caption: i for i, caption in enumerate(references.captions)}
-    some = [pictures[i] for i in spread(pictures, count)]
+    indices = references.held_out_indices if held_out else references.training
+    place = {references.captions[i]: i for i in indices}
+    there = [picture for picture in pictures if picture.caption in place]
+    some = [there[i] for i in spread(there, count)]
     return [Asked(Prompt(place[picture.caption], picture.caption), picture) for picture in some]
 
 
@@ -165,12 +167,12 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Shown], list
         "not_measured": lacking,
     }
     others: list[Shown] = []
-    if args.unknown and any(picture.caption for picture in found.held_out):
-        asked = asked_of(found.held_out, args.unknown, references)
+    if args.unknown and references.held_out_indices:
+        asked = asked_of(found.held_out, args.unknown, references, held_out=True)
         others = [Shown(one.prompt.caption) for one in asked[:: max(1, len(asked) // args.rows)][: args.rows]]
         measured["unknown"] = measure_unknown(family, asked, how, references, args, others, lacking)
     else:
-        lacking.append("captions that the model does not know: no held-out picture with a caption, or --unknown 0")
+        lacking.append("captions that the model does not know: no held-out picture has one of its own, or --unknown 0")
     if found.held_out:
         measured["held_out"] = measure_held_out(family, found, metrics, args)
     else:

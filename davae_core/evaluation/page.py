@@ -61,7 +61,7 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 0; } figcaption { margin-top: .25rem; } small { opacity: .75; }
 .row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; }
 .row img { width: 100%; image-rendering: pixelated; display: block; }
-.row small { text-align: center; }
+.row small { display: block; text-align: center; }
 """
 
 

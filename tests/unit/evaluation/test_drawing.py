@@ -102,6 +102,18 @@ def test_the_loss_of_the_base_model_is_that_of_its_own_channels(family: Family, 
     assert told["adapted"]["images"] == 3 and told["adapted"]["base"] != told["base_model"]["base"]
 
 
+def test_captions_are_known_or_unknown_and_have_their_place_among_the_references(folder: Path) -> None:
+    train = [Picture(folder / "train" / f"{i}.png", CAPTIONS[i]) for i in range(3)]
+    out = [Picture(folder / "held_out" / "3.png", CAPTIONS[3]), train[1]]
+    references = references_of(Pictures(train, out), side=8)
+    assert [one.prompt for one in drawing.asked_of(train, 9, references)] == [
+        Prompt(i, caption) for i, caption in enumerate(CAPTIONS[:3])
+    ]
+    assert [one.prompt for one in drawing.asked_of(out, 9, references, held_out=True)] == [Prompt(3, CAPTIONS[3])]
+    thinned = references_of(Pictures(train, out), side=8, most=1)
+    assert [one.prompt.caption for one in drawing.asked_of(train, 9, thinned)] == [CAPTIONS[0]]
+
+
 def test_figures_over_seeds_have_a_mean_and_a_spread() -> None:
     told = drawing.over_seeds({0: {"psnr": 20.0}, 1: {"psnr": 22.0}})
     assert told == {"psnr": {"mean": 21.0, "spread": pytest.approx(2**0.5)}}
