@@ -234,6 +234,17 @@ def test_parts_of_a_fused_layer_of_dtypes_that_do_not_mix_are_refused(tmp_path: 
     refused(lambda place: convert.main([str(place), str(tmp_path / "out.safetensors")]), path, "dtypes")
 
 
+def test_a_merged_model_of_thousands_of_empty_blocks_is_refused_at_once(
+    tmp_path: Path, make_mmdit: Callable[..., MMDiT]
+) -> None:
+    """This took 5 s and more: they were all built."""
+    path = tmp_path / "merged.safetensors"
+    state = make_mmdit(in_channels=32, out_channels=32).state_dict()
+    save_merged(path, MergedModel(state, LatentSpec(), Recommended()))
+    many = {f"joint_blocks.{i}.x_block.attn.qkv.weight": torch.zeros(0) for i in range(2, 3000)}
+    refused(load_merged, changed(path, lambda state: state.update(many)), "3000 joint blocks")
+
+
 # Headers
 
 
