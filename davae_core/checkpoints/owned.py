@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 
 from ..errors import CheckpointError
-from . import foreign_json
+from . import foreign_json, header
 
 
 def read(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def read(path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) 
     try:
         with open(path, "rb", buffering=0) as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            places = foreign_json.parse(file.read(length), "its header")
+            places = foreign_json.parse(file.read(min(length, header.MOST_BYTES)), "its header")
             return {name: _tensor(file, 8 + length, places[name], *kind) for name, kind in layout.items()}
     except (EOFError, KeyError, TypeError, ValueError, struct.error) as problem:
         raise CheckpointError(f"{path.name} was changed while it was read ({problem}); load it again") from problem
