@@ -21,10 +21,8 @@ def write(document: Path, tally: Tally) -> None:
     """Put the row of this run in the place of an earlier one with the same seed, or below the others."""
     before, mark, after = document.read_text(encoding="utf-8").partition(MARK)
     lines = after.strip("\n").splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    rest = lines[len(table) :] if lines[: len(table)] == table else lines
-    rows = [line for line in table[2:] if f"--seed {tally.seed}`" not in line]
+    size = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))  # of this table alone
+    rows = [line for line in lines[:size][2:] if f"--seed {tally.seed}`" not in line]
     table = [HEAD, "|" + "---|" * (len(outcomes.ALL) + 2), *rows, row(tally)]
-    document.write_text(
-        before + mark + "\n\n" + "\n".join([*table, "", *rest]).replace("\n\n\n", "\n\n") + "\n", encoding="utf-8"
-    )
+    rest = "\n".join(lines[size:]).strip("\n")
+    document.write_text(f"{before}{mark}\n\n" + "\n".join(table) + f"\n\n{rest}".rstrip("\n") + "\n", encoding="utf-8")

@@ -109,12 +109,12 @@ def test_damage_is_the_same_for_the_same_seed(good: Path, tmp_path: Path) -> Non
 
 def test_a_run_has_one_row_in_the_table(tmp_path: Path) -> None:
     document = tmp_path / "R.md"
-    document.write_text(f"# Title\n\n{report.MARK}\n\nAfter.\n")
+    document.write_text(f"# Title\n\n{report.MARK}\n\nAfter.\n\n| another table |\n")
     for done in (10, 20):
         tally = Tally(seed=1, done=done)
         tally.counts[outcomes.READ] = done
         report.write(document, tally)
     report.write(document, Tally(seed=2, done=5))
     text = document.read_text()
-    assert text.startswith("# Title\n") and text.endswith("\n\nAfter.\n")
+    assert text.startswith("# Title\n") and text.endswith("\n\nAfter.\n\n| another table |\n")
     assert text.count("--seed 1`") == 1 and "| 20 | 20 |" in text and "--seed 2`" in text
