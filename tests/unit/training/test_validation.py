@@ -156,7 +156,10 @@ def train(task: PointTask, out: Path, steps: int, **options: Any) -> None:
 
     run = RunConfig(out, steps=steps, log_every=1, sample_every=2, **options)
     optimiser = OptimiserConfig(lr=0.1, warmup=0, ema=0.5)
-    assert loop.train(task, {}, run, optimiser, Accelerator(), batches, validation=Validation(held_out(5))) == loop.FINISHED
+    assert (
+        loop.train(task, {}, run, optimiser, Accelerator(), batches, validation=Validation(held_out(5)))
+        == loop.FINISHED
+    )
 
 
 def lines(out: Path) -> list[dict[str, float]]:
