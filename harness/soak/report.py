@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from . import outcomes
@@ -19,10 +20,15 @@ def row(tally: Tally) -> str:
 
 def write(document: Path, tally: Tally) -> None:
     """Put the row of this run in the place of an earlier one with the same seed, or below the others."""
-    before, mark, after = document.read_text(encoding="utf-8").partition(MARK)
-    lines = after.strip("\n").splitlines()
-    size = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))  # of this table alone
-    rows = [line for line in lines[:size][2:] if f"--seed {tally.seed}`" not in line]
-    table = [HEAD, "|" + "---|" * (len(outcomes.ALL) + 2), *rows, row(tally)]
-    rest = "\n".join(lines[size:]).strip("\n")
-    document.write_text(f"{before}{mark}\n\n" + "\n".join(table) + f"\n\n{rest}".rstrip("\n") + "\n", encoding="utf-8")
+    put(document, MARK, HEAD, row(tally), f"--seed {tally.seed}`")
+
+
+def put(document: Path, mark: str, head: str, line: str, instead_of: str) -> None:
+    """Put a row into the table below a mark, in the place of those that hold a text; what follows the table stays."""
+    before, _, after = document.read_text(encoding="utf-8").partition(mark)
+    below = after.lstrip("\n").splitlines()
+    table = list(itertools.takewhile(lambda old: old.startswith("|"), below))
+    rows = [old for old in table[2:] if instead_of not in old]
+    lines = [head, "|" + "---|" * (head.count("|") - 1), *rows, line]
+    rest = "\n".join(below[len(table) :]).strip("\n")
+    document.write_text(f"{before}{mark}\n\n" + "\n".join(lines) + f"\n\n{rest}".rstrip() + "\n", encoding="utf-8")

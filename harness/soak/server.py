@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import itertools
 import random
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from ..locate import REPOSITORY, find_comfyui
 from ..result import Result
 from ..scratch import make_base
 from ..server import RealServer
-from . import prompts
+from . import prompts, report
 
 SABOTEUR = Path(__file__).resolve().parent / "saboteur"
 RELIABILITY = REPOSITORY / "docs" / "RELIABILITY.md"
@@ -294,13 +293,7 @@ def row(counts: Counts, minutes: float, seed: int, version: str) -> str:
 
 def write(document: Path, line: str, version: str) -> None:
     """Put the row of a run in the place of that of the same ComfyUI."""
-    before, _, after = document.read_text(encoding="utf-8").partition(MARK)
-    below = after.lstrip("\n").splitlines()
-    table = list(itertools.takewhile(lambda old: old.startswith("|"), below))
-    rows = [old for old in table[2:] if f"| {version} |" not in old]
-    lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1), *sorted([*rows, line])]
-    rest = "\n".join(below[len(table) :]).lstrip("\n")
-    document.write_text(f"{before}{MARK}\n" + "\n".join(lines) + f"\n\n{rest}\n", encoding="utf-8")
+    report.put(document, MARK, HEAD, line, f"| {version} |")
 
 
 def main(argv: list[str] | None = None) -> int:
