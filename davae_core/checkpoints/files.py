@@ -167,7 +167,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta
             with open(temporary, "wb"):  # safetensors makes a file that nobody but its owner may read
                 pass
             mode = temporary.stat().st_mode
-            whole = separate(tensors)
+            whole = _separate(tensors)
             layout = header.fingerprint({name: (str(t.dtype), tuple(t.shape)) for name, t in whole.items()})
             save_file(whole, temporary, metadata={**metadata, LAYOUT_KEY: layout, HASH_KEY: HASH_BLANK})
             temporary.chmod(mode & 0o777)
@@ -176,7 +176,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], meta
         raise WriteError(f"{path} could not be written ({problem}); is there room?") from problem
 
 
-def separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors of which no two share memory, as safetensors wants them."""
     seen: set[int] = set()
     out = {}

@@ -132,14 +132,14 @@ def test_the_micro_batch_is_the_largest_that_fits() -> None:
 
 def test_the_arithmetic_of_sd35_medium_is_that_of_the_paper() -> None:
     # One prediction of one image, with 154 text tokens; TFLOP.
-    for side, expected in ((32, 2.14), (64, 10.8), (128, 88.3)):
-        with counting() as memory, torch.no_grad():
-            model = empty(lambda: MMDiT(MMDiTConfig()))
+    with counting() as memory, torch.no_grad():
+        model = empty(lambda: MMDiT(MMDiTConfig()))
+        for side, expected in ((32, 2.14), (128, 88.3)):
             memory.restart()
             model(
                 torch.zeros(1, 16, 2 * side, 2 * side), torch.zeros(1), torch.zeros(1, 154, 4096), torch.zeros(1, 2048)
             )
-        assert memory.flops / 1e12 == pytest.approx(expected, rel=0.01)
+            assert memory.flops / 1e12 == pytest.approx(expected, rel=0.01)
 
 
 def test_buckets_of_gradients_are_held_between_steps() -> None:
