@@ -51,6 +51,7 @@ class PlanConfig:
     """Text tokens: 77 of CLIP and 256 of T5 in ComfyUI."""
 
     def __post_init__(self) -> None:
+        number(self.images)
         if (
             min(self.gpus, self.text) < 1
             or min(self.memory, self.tflops, self.utilisation) <= 0
