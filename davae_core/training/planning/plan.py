@@ -51,7 +51,6 @@ class PlanConfig:
     """Text tokens: 77 of CLIP and 256 of T5 in ComfyUI."""
 
     def __post_init__(self) -> None:
-        number(self.images)
         if (
             min(self.gpus, self.text) < 1
             or min(self.memory, self.tflops, self.utilisation) <= 0
@@ -212,6 +211,7 @@ def chosen(config: PlanConfig) -> dict[str, Recipe]:
 def main(args: list[str] | None = None) -> int:
     """Print the plan."""
     config = tyro.cli(PlanConfig, description=__doc__, args=args)
+    number(config.images)  # said before anything is counted
     plans = [plan(name, recipe, config) for name, recipe in chosen(config).items()]
     for made in plans:
         print("\n".join(lines(made, config)))
