@@ -9,6 +9,7 @@ import torch.distributed as distributed
 from torch import nn
 
 from davae_core.training.run import launch
+from davae_core.training.run.task import Task
 from davae_core.training.stages import STAGES
 
 
@@ -30,9 +31,12 @@ def test_no_buffer_is_sent_at_a_step(alone: None, monkeypatch: pytest.MonkeyPatc
         options.update(named["kwargs_handlers"][0].to_kwargs())
         raise Known
 
+    def no_task(images: launch.Images) -> Task:
+        raise AssertionError("the launcher is asked first")
+
     monkeypatch.setattr(launch, "Accelerator", instead)
     with pytest.raises(Known):
-        launch.launch(STAGES["base_autoencoder"].recipes["micro"][1], 8, lambda images: None)  # type: ignore[arg-type, return-value]
+        launch.launch(STAGES["base_autoencoder"].recipes["micro"][1], 8, no_task)
 
     class Model(nn.Linear):
         def __init__(self) -> None:
