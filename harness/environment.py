@@ -128,6 +128,11 @@ def requirements(root: Path) -> tuple[list[str], list[str]]:
 
 
 def _create(venv: Path, say: Say) -> None:
+    if venv.is_symlink():
+        raise SetupError(
+            f"{venv} is a link to {venv.resolve()}, an environment that does not fit this checkout, and whose it is it "
+            f"stays: remove the link, or, to use it as it is, set COMFYUI_PYTHON={python_of(venv)}"
+        )
     if venv.exists():
         stamp = read_stamp(venv)
         if stamp is None and any(venv.iterdir()):

@@ -57,6 +57,17 @@ def test_an_unfinished_environment_is_not_taken_for_a_finished_one(tmp_path, mon
     assert said == []
 
 
+def test_an_environment_behind_a_link_is_never_removed(tmp_path, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    environment.write_stamp(tmp_path / "theirs", "another")
+    (tmp_path / ".venv").symlink_to(tmp_path / "theirs")
+    monkeypatch.delenv("COMFYUI_PYTHON", raising=False)
+    monkeypatch.setattr(environment, "wanted_environment", lambda: (tmp_path / ".venv", "wanted"))
+    with pytest.raises(environment.SetupError, match=r"is a link to .*theirs"):
+        environment.prepare(print)
+    assert environment.read_stamp(tmp_path / "theirs") == "another"
+
+
 def test_an_environment_of_somebody_else_is_never_removed(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     monkeypatch.delenv("COMFYUI_PYTHON", raising=False)

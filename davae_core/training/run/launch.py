@@ -1,6 +1,7 @@
 """What every training does around its task: processes and data."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -151,13 +152,14 @@ def _train(
 
 
 def measured(recipe: Recipe, multiple: int, device: torch.device, found: Collection) -> Iterator[torch.Tensor]:
-    """Images ``[B, 3, H, W]`` of a recipe to measure statistics on, always the same."""
+    """Images ``[B, 3, H, W]`` of a recipe to measure statistics on, always the same; each once where they are few."""
+    once = math.ceil(len(found.sources) / SURVEY_BATCH)
     for batch in dataset.loader(
         recipe.data,
         batch=SURVEY_BATCH,
         seed=recipe.run.seed,
         multiple=multiple,
-        steps=SURVEY_STEPS,
+        steps=min(SURVEY_STEPS, once),
         collection=found,
     ):
         yield batch["image"].to(device)
