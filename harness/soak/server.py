@@ -189,9 +189,10 @@ class Life:
         """A power cut in the middle of a prompt."""
         timer = threading.Timer(self.random.uniform(0.1, 1), self.server.kill)
         timer.start()
-        name, seed = self.any()
         try:
-            self.server.queue(prompts.graph(name, seed).prompt, timeout=LONGEST)
+            while True:
+                name, seed = self.any()
+                self.server.queue(prompts.graph(name, seed).prompt, timeout=LONGEST)
         except Exception:  # whatever a client meets whose server is gone
             self.counts.counts["killed"] += 1
         timer.join()

@@ -59,7 +59,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, comfyui: ComfyUI) -> Ite
 def test_the_package_holds_what_nodes_need_and_nothing_else(installed: Installed) -> None:
     top = {path.name for path in installed.folder.iterdir() if path.name != "__pycache__"}
     assert top == {
-        "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "davae_core", "locales", "nodes",
+        "CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md", "__init__.py", "davae_core", "locales", "nodes",
         "pyproject.toml", "requirements.txt", "workflows",
     }  # fmt: skip
     assert not {"training", "evaluation"} & {path.name for path in (installed.folder / "davae_core").iterdir()}

@@ -1,4 +1,4 @@
-"""A short server soak: one of each disturbance, in two lives of the server."""
+"""A short server soak: one of each disturbance, in one life of the server."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ pytestmark = pytest.mark.server
 
 
 def test_a_disturbed_server_draws_the_same_pictures_in_the_same_memory_with_the_same_weights() -> None:
-    counts = soak.soak(minutes=0, flags=[(), ("--cache-none", "--disable-mmap")])
+    counts = soak.soak(minutes=0, flags=[("--cache-none", "--disable-mmap")])
     assert counts.finds == []
-    assert counts.counts["killed"] == 2 and counts.counts["refused"] == 4 and counts.counts["drawn"] >= 80
-    assert counts.counts["out of memory, drawn"] + counts.counts["out of memory, reported"] == 8
+    assert counts.counts["killed"] == 1 and counts.counts["refused"] == 2 and counts.counts["drawn"] >= 40
+    assert counts.counts["out of memory, drawn"] + counts.counts["out of memory, reported"] == 4
 
 
 def test_a_row_takes_the_place_of_the_last_run_of_that_comfyui(tmp_path) -> None:

@@ -10,6 +10,7 @@ import torch
 from davae_core import checkpoints, tiny
 from davae_core.checkpoints import files
 from davae_core.errors import DAVAEError
+from davae_core.training.data import entries
 from davae_core.training.recipes import tiny as recipes
 from davae_core.training.run import loop
 from davae_core.training.tiny import build, install
@@ -54,7 +55,7 @@ def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
 def test_no_recipe_reads_a_held_out_image() -> None:
     for of_stage in (recipes.BASE_AUTOENCODER, recipes.BASE_DIT, recipes.AUTOENCODER, recipes.ADAPTER):
         for _, recipe in of_stage.values():
-            assert {Path(folder).name for folder in recipe.data.images} <= {"train", "other"}
+            assert {Path(entries.parse(images).place).name for images in recipe.data.images} <= {"train", "other"}
 
 
 def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:

@@ -18,6 +18,7 @@ from davae_core.checkpoints import files
 from davae_core.errors import DAVAEError
 from davae_core.flow import velocity
 from davae_core.held_out import TIMES, velocity_errors
+from davae_core.history import History
 from davae_core.metrics import psnr, resize_bicubic
 from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.sampling import encode_captions, initial_noise
@@ -138,7 +139,7 @@ class PointTask:
         assert not torch.is_grad_enabled()
         return {"weight": self.point.weight.item(), "images": float(sum(len(b["image"]) for b in batches))}
 
-    def export(self, folder: Path) -> list[Path]:
+    def export(self, folder: Path, history: History) -> list[Path]:
         return []
 
 
