@@ -4,6 +4,7 @@ import logging
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any, TypedDict
@@ -25,6 +26,8 @@ from .pictures import UNREADABLE
 from .survey import Collection
 
 CROP_X, CROP_Y, FLIP, CAPTION = 1, 2, 3, 4
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +256,9 @@ def _batches(data: ImageData, planned: Iterator[tuple[int, Part]], before: int) 
         generator=torch.Generator(),
     )
     seen: dict[str, str] = {}
-    for batch in loading:
+    with _signals_held():
+        batches = iter(loading)  # starts the loading processes
+    for batch in batches:
         step, part = sampler.under_way.popleft()
         batch["broken"] = {name: why for name, why in batch["broken"].items() if name not in seen}
         seen |= batch["broken"]
@@ -276,7 +281,21 @@ def _collate(items: list[Item]) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Inside, signals to stop wait, and processes that are started do not get them before :func:`_leave_signals`: by a
+    handler that PyTorch sets first, one would end them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals(worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal; a loading one goes on, so that the training can finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
