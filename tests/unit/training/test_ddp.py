@@ -31,7 +31,7 @@ def test_no_buffer_is_sent_at_a_step(alone: None, monkeypatch: pytest.MonkeyPatc
         options.update(named["kwargs_handlers"][0].to_kwargs())
         raise Known
 
-    def no_task(images: launch.Images) -> Task:
+    def no_task(recipe: Any, images: launch.Images) -> Task:
         raise AssertionError("the launcher is asked first")
 
     monkeypatch.setattr(launch, "Accelerator", instead)
