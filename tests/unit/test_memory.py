@@ -3,7 +3,7 @@
 Counted on the meta device, which has no fused attention: the worst case, and no memory of this machine is taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -20,6 +20,15 @@ Peak = Callable[[Callable[[], object]], int]
 SD3 = AutoencoderConfig()
 SMALL = AutoencoderConfig((32, 64, 128, 128), 2)
 MOST = 1.25  # times what is counted
+
+
+@pytest.fixture(autouse=True)
+def scores_in_full_precision() -> Iterator[None]:
+    """As PyTorch has it by itself. ComfyUI allows attention without a kernel to stay in half precision: that takes less."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+    yield
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def counted(peak: Peak, config: AutoencoderConfig, what: str, dtype: torch.dtype, size: int, rows: int | None) -> int:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 Images = Callable[[], Iterable[torch.Tensor]]
 SURVEY_BATCH, SURVEY_STEPS, HELD_BATCH = 16, 64, 8
+SURVEY_PASSES = 4  # over a small set, for its crops and mirror images
 
 
 class Recipe(Protocol):
@@ -152,14 +153,14 @@ def _train(
 
 
 def measured(recipe: Recipe, multiple: int, device: torch.device, found: Collection) -> Iterator[torch.Tensor]:
-    """Images ``[B, 3, H, W]`` of a recipe to measure statistics on, always the same; each once where they are few."""
-    once = math.ceil(len(found.sources) / SURVEY_BATCH)
+    """Images ``[B, 3, H, W]`` of a recipe to measure statistics on, always the same; a few times each where they are few."""
+    enough = SURVEY_PASSES * math.ceil(len(found.sources) / SURVEY_BATCH)
     for batch in dataset.loader(
         recipe.data,
         batch=SURVEY_BATCH,
         seed=recipe.run.seed,
         multiple=multiple,
-        steps=min(SURVEY_STEPS, once),
+        steps=min(SURVEY_STEPS, enough),
         collection=found,
     ):
         yield batch["image"].to(device)
