@@ -24,7 +24,7 @@ MOST = 1.25  # times what is counted
 
 @pytest.fixture(autouse=True)
 def scores_in_full_precision() -> Iterator[None]:
-    """As PyTorch has it by itself. ComfyUI allows attention without a kernel to stay in half precision: that takes less."""
+    """As PyTorch has it by itself; ComfyUI lets attention without a kernel stay in half precision, which takes less."""
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
     yield

@@ -153,7 +153,7 @@ def _train(
 
 
 def measured(recipe: Recipe, multiple: int, device: torch.device, found: Collection) -> Iterator[torch.Tensor]:
-    """Images ``[B, 3, H, W]`` of a recipe to measure statistics on, always the same; a few times each where they are few."""
+    """Images ``[B, 3, H, W]`` of a recipe to measure statistics on, always the same; few are taken 4 times."""
     enough = SURVEY_PASSES * math.ceil(len(found.sources) / SURVEY_BATCH)
     for batch in dataset.loader(
         recipe.data,
