@@ -72,7 +72,10 @@ class Counts:
 class Life:
     """One life of the server, with the flags it was started with."""
 
-    def __init__(self, server: RealServer, flags: Sequence[str], counts: Counts, rng: random.Random) -> None:
+    def __init__(
+        self, server: RealServer, flags: Sequence[str], counts: Counts, rng: random.Random, seeds: int
+    ) -> None:
+        self.seeds = seeds
         self.server, self.flags, self.counts, self.random = server, " ".join(flags) or "no flags", counts, rng
         self.pictures: dict[tuple[str, int], np.ndarray] = {}
         self.clients = ThreadPoolExecutor(2)
@@ -81,7 +84,7 @@ class Life:
     def run(self, seconds: float) -> None:
         """Live for so long, beside the warm-up, and be killed in the end."""
         events = [self.alone, self.two_clients, self.cancelled, self.unloaded, self.refused, self.out_of_memory]
-        for seed in range(SEEDS):  # these are the pictures to compare with
+        for seed in range(self.seeds):  # these are the pictures to compare with
             for name in prompts.GOOD:
                 self.draw(name, seed)
         for event in events:  # what is kept for good is kept by now: kernels, shapes, strips
@@ -202,7 +205,7 @@ class Life:
 
     def any(self) -> tuple[str, int]:
         """A prompt and a seed."""
-        return self.random.choice(list(prompts.GOOD)), self.random.randrange(SEEDS)
+        return self.random.choice(list(prompts.GOOD)), self.random.randrange(self.seeds)
 
     def queue(self, name: str, seed: int) -> Result | None:
         """Queue a prompt and wait for its end; None where there is none."""
@@ -257,13 +260,14 @@ def _error(text: str):
     return GraphError("execution", text, None, None, text)
 
 
-def soak(minutes: float, seed: int = 0, flags: Sequence[Sequence[str]] = FLAGS) -> Counts:
+def soak(minutes: float, seed: int = 0, flags: Sequence[Sequence[str]] = FLAGS, pictures: int = SEEDS) -> Counts:
     """Let a server live several lives for so long in all; each event comes at least once in a life.
 
     Args:
         minutes: in all, about.
         seed: of what happens.
         flags: of each life.
+        pictures: of each prompt that are compared, one for each seed of its noise.
     """
     counts, rng, comfyui = Counts(), random.Random(seed), find_comfyui()
     known = (comfyui.root / "comfy" / "cli_args.py").read_text(encoding="utf-8")
@@ -278,7 +282,7 @@ def soak(minutes: float, seed: int = 0, flags: Sequence[Sequence[str]] = FLAGS) 
                 break
             print(f"life {number + 1} of {len(lives)}: {' '.join(life) or 'no flags'}", flush=True)
             with RealServer(base, comfyui, arguments=life) as server:
-                Life(server, life, counts, rng).run(max(0.0, left / (len(lives) - number) - 30))
+                Life(server, life, counts, rng, pictures).run(max(0.0, left / (len(lives) - number) - 30))
     return counts
 
 

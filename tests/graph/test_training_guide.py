@@ -20,13 +20,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.checkpoints import files
 from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.training import stages
+from davae_core.training.data.stored_latents import LatentsConfig
+from davae_core.training.planning.plan import PlanConfig
 from davae_core.training.run.config import from_command_line
+from davae_core.training.text.encode import TextConfig
 from harness import sd35, warm
 from harness.graph import Graph
 from harness.headless import HeadlessComfy
@@ -63,6 +67,7 @@ before += ["--main_process_port", os.environ["FREE_PORT"]]
 after += small[" ".join([module, *after[:2]])].split()
 os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", *before, "-m", module, *after])
 """
+TOOLS = {"text": TextConfig, "latents": LatentsConfig, "plan": PlanConfig}
 ALONE = {"CUDA_VISIBLE_DEVICES": ""}
 PIP = f"""#!{sys.executable}
 import importlib.metadata, sys
@@ -120,6 +125,24 @@ def forked(block: str, place: Path) -> None:
             subprocess.run(words, cwd=place, check=True)
 
 
+def read(block: str, place: Path) -> None:
+    """A block of the guide, its settings read; the trainings on a laptop run, and what they leave is copied."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["python", "-m"] and "micro" in words:
+            forked(line, place)
+        elif "davae_core.training" in words:
+            name, *settings = words[words.index("davae_core.training") + 1 :]
+            if name in stages.STAGES:
+                from_command_line(stages.STAGES[name].recipes, "", settings)
+            elif name in TOOLS:
+                tyro.cli(TOOLS[name], args=settings)
+            else:
+                assert name == "export" and len(settings) == 1, line
+        elif words[0] == "cp" and all((place / source).exists() for source in words[1:-1]):
+            subprocess.run(words, cwd=place, check=True)
+
+
 def smaller(words: list[str]) -> list[str]:
     """What is added to a command to make it small."""
     return next((more.split() for start, more in SMALL.items() if " ".join(words).startswith(start)), [])
@@ -148,7 +171,7 @@ def in_a_shell(command: str, place: Path) -> None:
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize("run", [forked, pytest.param(in_a_shell, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", [read, *(pytest.param(run, marks=pytest.mark.slow) for run in (forked, in_a_shell))])
 def test_every_command_of_the_guide_runs_and_what_it_makes_draws_a_picture(
     place: Path, comfy: HeadlessComfy, run: Callable[[str, Path], None]
 ) -> None:
@@ -157,7 +180,7 @@ def test_every_command_of_the_guide_runs_and_what_it_makes_draws_a_picture(
     for block in blocks():
         run(block, place)
     shutil.copy(place / sd35.CHECKPOINT, comfy.base / "models" / "diffusion_models")
-    for size in (1024, 2048):
+    for size in (1024, 2048) if run is not read else ():
         image = drawn(comfy, sd35.DAVAE, f"sd35m_davae_{size}.safetensors")
         assert image.shape == (1, 64, 64, 3) and image.isfinite().all() and image.std() > 1e-3
     image = drawn(comfy, "own_davae.safetensors", "own_adapter.safetensors", tiny=True)

@@ -12,9 +12,9 @@ pytestmark = pytest.mark.server
 
 
 def test_a_disturbed_server_draws_the_same_pictures_in_the_same_memory_with_the_same_weights() -> None:
-    counts = soak.soak(minutes=0, flags=[("--cache-none", "--disable-mmap")])
+    counts = soak.soak(minutes=0, flags=[("--cache-none", "--disable-mmap")], pictures=1)
     assert counts.finds == []
-    assert counts.counts["killed"] == 1 and counts.counts["refused"] == 2 and counts.counts["drawn"] >= 40
+    assert counts.counts["killed"] == 1 and counts.counts["refused"] == 2 and counts.counts["drawn"] >= 20
     assert counts.counts["out of memory, drawn"] + counts.counts["out of memory, reported"] == 4
 
 

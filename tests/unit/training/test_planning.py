@@ -82,7 +82,7 @@ def take_for_real(stage: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the memory of a process")
-@pytest.mark.parametrize("stage", ["adapter", "autoencoder"])
+@pytest.mark.parametrize("stage", [pytest.param("adapter", marks=pytest.mark.slow), "autoencoder"])
 def test_real_phases_take_the_memory_that_is_counted(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", f"import test_planning; test_planning.take_for_real({stage!r})"]
     # What is freed goes back to the system at once.
