@@ -21,14 +21,16 @@ from .tensors import Tensors
 _LORA = re.compile(r"transformer\.transformer_blocks\.(\d+)\.(.+)\.(?:lora_[AB]\.weight|alpha)")
 
 
-def merged(base: Tensors, adapter: Adapter, strength: float = 1.0, file: str = "the base model") -> Tensors:
+def merged(
+    base: Tensors, adapter: Adapter, strength: float = 1.0, file: str = "the base model", by: str = "the adapter"
+) -> Tensors:
     """As :func:`davae_core.adapter.merge`, with each tensor made when it is asked for.
 
     Args:
         base: the pretrained diffusion model in native names.
         adapter: what to apply.
         strength: factor on what the adapter changes in the pretrained weights.
-        file: the base's name, for messages.
+        file, by: names of the base and of the adapter, for messages.
 
     Raises:
         DAVAEError: the adapter is for another model, or the base is not whole or quantised.
@@ -36,12 +38,12 @@ def merged(base: Tensors, adapter: Adapter, strength: float = 1.0, file: str = "
     with files.naming(file):
         layout.diffusion_model(base.meta, file)
     files.check_finite({name: base[name] for name in WIDENED}, file)
-    wide = widen({name: base[name] for name in WIDENED}, adapter, strength)
-    parts = _by_weight(adapter)
-    for name in parts:
-        if name not in base:
+    with files.naming(by):
+        wide = widen({name: base[name] for name in WIDENED}, adapter, strength)
+        parts = _by_weight(adapter)
+        if lacking := [name for name in parts if name not in base]:
             raise DAVAEError(
-                f"the adapter changes {name}, which the model does not have; use the model it was trained for"
+                f"the adapter changes {lacking[0]}, which the model does not have; use the model it was trained for"
             )
 
     def make(name: str) -> torch.Tensor:
@@ -49,7 +51,10 @@ def merged(base: Tensors, adapter: Adapter, strength: float = 1.0, file: str = "
             return wide[name]
         weight = base[name]
         files.check_finite({name: weight}, file)
-        return _changed(weight, name, parts[name], strength) if name in parts else weight
+        if name not in parts:
+            return weight
+        with files.naming(by):
+            return _changed(weight, name, parts[name], strength)
 
     return Tensors(base.meta | {name: tensor.to("meta") for name, tensor in wide.items()}, make)
 
@@ -111,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = opened.parts["diffusion_model"].native
     if words := history.mismatch(adapter.history, "base_model", base):
         print(f"note: {args.adapter.name} was {words}: {args.base}")
-    made = merged(base, adapter, args.strength, opened.path.name)
+    made = merged(base, adapter, args.strength, opened.path.name, args.adapter.name)
     tensors.write(args.out, made, told)
     print(f"{args.out}: {made.parameters:,} parameters, {made.bytes / 1e9:.2f} GB")
 

@@ -452,6 +452,17 @@ def test_a_base_that_is_no_number_is_named_when_it_is_merged(tmp_path: Path, mmd
         merging.main([str(tmp_path / "base.safetensors"), str(adapter_file), str(tmp_path / "out.safetensors")])
 
 
+def test_an_adapter_that_does_not_fit_the_base_is_named_when_it_is_merged(
+    tmp_path: Path, make_mmdit: Callable[..., MMDiT], adapter_file: Path
+) -> None:
+    """Its message had no file's name."""
+    base = make_mmdit(dual_attention=())  # the adapter is for one with dual attention: a wider modulation
+    files.save(tmp_path / "base.safetensors", base.state_dict(), {})
+    with pytest.raises(DAVAEError, match=rf"{adapter_file.name}: the adapter"):
+        merging.main([str(tmp_path / "base.safetensors"), str(adapter_file), str(tmp_path / "out.safetensors")])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_inspect_shows_what_the_file_says_and_no_defaults(tmp_path: Path, mmdit: MMDiT) -> None:
     spec = LatentSpec(base_shift=0.1159, base_scale=0.3611, detail_mean=(0.5,) * 16)
     save_adapter(tmp_path / "a.safetensors", zero_adapter(mmdit.config, spec))
