@@ -89,7 +89,6 @@ def alone(stages: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow
 def test_sharded_processes_give_the_losses_of_one(stages: Any, sharded: tuple[Path, str], alone: Path) -> None:
     cut, one = stages.curves(sharded[0] / "whole"), stages.curves(alone)
     assert {"adapter/loss", "adapter/gradient"} < cut.keys() == one.keys()
@@ -98,7 +97,6 @@ def test_sharded_processes_give_the_losses_of_one(stages: Any, sharded: tuple[Pa
         assert [cut[name][step] for step in points] == pytest.approx(list(points.values()), rel=1e-3), name
 
 
-@pytest.mark.slow
 def test_the_file_at_the_end_is_one_and_that_of_one_process(
     stages: Any, sharded: tuple[Path, str], alone: Path
 ) -> None:
@@ -112,28 +110,24 @@ def test_the_file_at_the_end_is_one_and_that_of_one_process(
         assert moved, "20 steps of 1e-4 change nothing, so any file would pass"
 
 
-@pytest.mark.slow
 def test_a_resumed_sharded_run_is_the_unbroken_one(stages: Any, sharded: tuple[Path, str]) -> None:
     whole, parts = (stages.weights(sharded[0] / name) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-@pytest.mark.slow
 def test_one_process_goes_on_with_the_state_of_two(stages: Any, sharded: tuple[Path, str]) -> None:
     time.sleep(1.1)  # TensorBoard orders its files by the second
     assert stages.run("adapter", sharded[0] / "whole", STEPS + 1, *CALM, *OPTIONS, "--run.resume") == 0
     assert state.load(sharded[0] / "whole").step == STEPS + 1
 
 
-@pytest.mark.slow
 def test_frozen_weights_in_bf16_share_blocks_with_trained_ones_in_fp32(stages: Any, sharded: tuple[Path, str]) -> None:
     half, full = (stages.curves(sharded[0] / name)["adapter/loss"] for name in ("bf16", "whole"))
     assert half[2] == pytest.approx(full[2], rel=0.03)
     assert {tensor.dtype for tensor in stages.weights(sharded[0] / "bf16").values()} == {torch.float32}
 
 
-@pytest.mark.slow
 def test_what_has_nothing_to_shard_says_which_configuration_to_use(sharded: tuple[Path, str]) -> None:
     assert "cannot be trained with FSDP" in sharded[1] and "ddp_*.yaml" in sharded[1]
 
