@@ -215,10 +215,8 @@ def encode_all(davae: DAVAE, found: Collection, out: Path, about: dict[str, Any]
     return done
 
 
-def main(args: list[str] | None = None) -> int:
-    """Compute latents from the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = tyro.cli(LatentsConfig, description=__doc__, args=args)
+def compute(config: LatentsConfig) -> int:
+    """Compute what is missing; returns how many were added."""
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     davae = checkpoints.load_autoencoder(config.autoencoder, torch.float32).requires_grad_(False).to(device)
     about = {"autoencoder": records.fingerprint([config.autoencoder]), "dtype": config.dtype, "keys": KEYS}
@@ -226,4 +224,11 @@ def main(args: list[str] | None = None) -> int:
     logger.info("%s", found.table)
     done = encode_all(davae, found, config.out, about, config)
     logger.info("%d latents were added to %s", done, config.out)
+    return done
+
+
+def main(args: list[str] | None = None) -> int:
+    """Compute latents from the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    compute(tyro.cli(LatentsConfig, description=__doc__, args=args))
     return 0

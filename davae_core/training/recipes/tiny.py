@@ -1,4 +1,4 @@
-"""The recipes of the tiny family: two sizes of one recipe, six trainings each.
+"""The recipes of the tiny family: two sizes of one recipe, eight trainings each.
 
 ``micro`` makes 128 px images from 16 tokens, ``tiny`` 256 px images from 64. The base models work at half these sizes.
 """
@@ -91,6 +91,18 @@ def sharpened_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
     )
 
 
+def robust_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
+    """The same latents, decoded so that a sampler's errors do not show: the decoder alone, on noised latents."""
+    sharpened = sharpened_autoencoder_recipe(size)
+    return replace(
+        sharpened,
+        run=RunConfig(folder(size, "autoencoder_robust"), steps=2000, batch=4, seed=3),
+        start=folder(size, "autoencoder_sharpen") / tiny.AUTOENCODER,
+        losses=replace(sharpened.losses, l1=1.0, l2=2.0, perceptual=1.5),
+        latent_noise=0.5,
+    )
+
+
 def adapter_recipe(size: str) -> adapter.AdapterRecipe:
     """The adapter, on the captioned images."""
     return adapter.AdapterRecipe(
@@ -105,7 +117,19 @@ def adapter_recipe(size: str) -> adapter.AdapterRecipe:
         targets=PAPER_TARGETS,
         detail_warmup=500,
         keep_latents=True,
-        recommended=Recommended(SIZES[size], shift=FLOW.shift, cfg=3.0, steps=30),
+        recommended=Recommended(SIZES[size], shift=FLOW.shift, cfg=1.5, steps=30),
+    )
+
+
+def finished_adapter_recipe(size: str) -> adapter.AdapterRecipe:
+    """The same adapter with twice the rank, trained on."""
+    first = adapter_recipe(size)
+    return replace(
+        first,
+        run=RunConfig(folder(size, "adapter_finish"), steps=14000, batch=64),
+        start=folder(size, "adapter") / tiny.ADAPTER,
+        rank=2 * first.rank,
+        detail_warmup=0,
     )
 
 
@@ -116,4 +140,6 @@ BASE_DIT = {size: (about, base_dit_recipe(size)) for size, about in _ABOUT.items
 AUTOENCODER = {size: (about, autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 AUTOENCODER |= {f"{size}-finish": (about, finished_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 AUTOENCODER |= {f"{size}-sharpen": (about, sharpened_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
+AUTOENCODER |= {f"{size}-robust": (about, robust_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER = {size: (about, adapter_recipe(size)) for size, about in _ABOUT.items()}
+ADAPTER |= {f"{size}-finish": (about, finished_adapter_recipe(size)) for size, about in _ABOUT.items()}

@@ -19,7 +19,7 @@ from .config import OptimiserConfig, RunConfig
 from .keeper import Keeper
 from .on_device import OnDevice
 from .player import Player, averages
-from .precision import autocast
+from .precision import attention, autocast
 from .progress import Report
 from .stopping import Stop, Stops
 from .task import Batch, Task
@@ -233,8 +233,9 @@ def _gradients(
     player.optimiser.zero_grad(set_to_none=True)
     sums: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(micros):
-        with player.syncing(i == len(micros) - 1, accelerator):
-            with autocast(run.precision, accelerator.device):
+        device = accelerator.device
+        with player.syncing(i == len(micros) - 1, accelerator), attention(run.precision, device):
+            with autocast(run.precision, device):
                 losses = player.wrapped(batch, step)
             (losses["loss"] * batch["share"]).backward()
         for name, value in losses.items():

@@ -21,8 +21,9 @@ class AdaptedModel(nn.Module):
         latent: the latent to adapt to.
         rank, targets: of the LoRA.
         seed: draws the LoRA's first factors.
-        start: what is learned already; nothing where it is not given.
+        start: what is learned already, at this rank or a lower one; nothing where it is not given.
         frozen: dtype of the matrices that are not trained; the positions keep the file's unless it is float32.
+        zero_init: start the detail's part of embedder and head at zero; otherwise drawn with the pretrained spread.
 
     Raises:
         DAVAEError: ``start`` is for another model, latent or LoRA.
@@ -37,12 +38,19 @@ class AdaptedModel(nn.Module):
         seed: int,
         start: Adapter | None = None,
         frozen: torch.dtype = torch.float32,
+        zero_init: bool = True,
     ) -> None:
         super().__init__()
         config = MMDiTConfig.from_state_dict(base)
-        adapter = zero_adapter(config, latent, rank, targets, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        adapter = zero_adapter(config, latent, rank, targets, generator)
+        if not zero_init:
+            for name in (f"{EMBED}weight", f"{HEAD}weight"):
+                drawn = adapter.state[f"{PREFIX}{name.removesuffix('weight')}detail.weight"]
+                drawn.normal_(std=float(base[name].float().std()), generator=generator)
         self.adapter_config = adapter.config
         if start is not None:
+            start = grown(start, adapter)
             check_continues(start, adapter)
             adapter = Adapter(adapter.config, {name: tensor.float() for name, tensor in start.state.items()})
         self.start = {name: base[name].float().clone() for name in WIDENED}
@@ -95,6 +103,23 @@ def _dtype(name: str, tensor: torch.Tensor, frozen: torch.dtype) -> torch.dtype:
     if frozen == torch.float32 or name in WIDENED or tensor.ndim < 2:
         return torch.float32
     return tensor.dtype if name == "pos_embed" else frozen
+
+
+def grown(start: Adapter, fresh: Adapter) -> Adapter:
+    """``start`` with the LoRA rank of ``fresh`` where its own is lower: the same change of the model, with room to learn
+    more. Its factors come first, then the first factors of ``fresh`` and zeros."""
+    state = dict(start.state)
+    for name, tensor in start.state.items():
+        stem, is_first, _ = name.partition(".lora_A.weight")
+        wanted, up = fresh.state.get(name), start.state.get(f"{stem}.lora_B.weight")
+        if not is_first or wanted is None or up is None or wanted.shape[0] <= tensor.shape[0]:
+            continue
+        old, new = tensor.shape[0], wanted.shape[0]
+        factor = float(start.state.get(f"{stem}.alpha", torch.tensor(float(old)))) / old
+        state[name] = torch.cat([tensor.float(), wanted[old:].float()])
+        state[f"{stem}.lora_B.weight"] = torch.cat([factor * up.float(), up.new_zeros(up.shape[0], new - old)], dim=1)
+        state[f"{stem}.alpha"] = torch.tensor(float(new))
+    return replace(start, state=state)
 
 
 def check_continues(start: Adapter, fresh: Adapter) -> None:

@@ -6,6 +6,7 @@ Source: arXiv 2603.22125 sec. 3.2. The embedder and the head, widened by zeros, 
 Writes an adapter file.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,7 +59,8 @@ class AdapterRecipe:
     """Folder of the captions' embeddings, computed before (python -m davae_core.training text): no text encoder is
     loaded."""
     start: Path | None = None
-    """Adapter file whose weights the run starts from, for the same model and DA-VAE; otherwise from zero."""
+    """Adapter file whose weights the run starts from, for the same model and DA-VAE and of this rank or a lower one;
+    otherwise from zero."""
     optimiser: OptimiserConfig = OptimiserConfig()
     flow: FlowConfig = FlowConfig(shift=4.0, min_snr=5.0)
     rank: int = 256
@@ -67,6 +69,12 @@ class AdapterRecipe:
     """Layers with a LoRA, in diffusers' names."""
     detail_warmup: int = 10_000
     """Steps in which the weight of the detail channels rises from 0 to 1 (N_warm)."""
+    detail_factor: float = 1.0
+    """Factor on the spread by which the detail channels are divided. Above 1 they hold less signal at each time and come
+    after the base: a factor k is a time shift by k of their own. The adapter's file keeps it."""
+    zero_init: bool = True
+    """Start the new columns of the embedder and rows of the head at zero, so that step 0 is the pretrained model; False
+    draws them as wide as the pretrained ones."""
     gradient_checkpointing: bool = False
     """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
     frozen: Literal["fp32", "bf16"] = "fp32"
@@ -91,6 +99,7 @@ class AdapterPhase(Phase):
     ) -> None:
         super().__init__()
         self.model, self.recipe, self.text, self.latents = model, recipe, text, latents
+        self.channels = model.adapter_config.latent.base_channels
 
     def shards(self) -> list[nn.Module]:
         """See :class:`Phase`: each block, and the model around them."""
@@ -99,19 +108,31 @@ class AdapterPhase(Phase):
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
         recipe = self.recipe
-        z = batch["latent"] if "latent" in batch else self.latents(batch["image"])
+        z = given(batch, recipe.detail_factor, self.channels)
+        z = self.latents(batch["image"]) if z is None else z
         draws = Draws(recipe.run.seed, step, batch["position"])
         captions = thinned(batch["caption"], draws, recipe.flow.prompt_dropout, recipe.flow.word_dropout)
         point = noised(z, draws, recipe.flow)
         prediction = self.model(point.x, point.t, *encode(self.text, captions, z.device))
         weight = flow.detail_weight(step, recipe.detail_warmup)
-        channels = self.model.adapter_config.latent.base_channels
-        loss, base, detail = flow.flow_loss(prediction, point.target, channels, weight, point.weight)
+        loss, base, detail = flow.flow_loss(prediction, point.target, self.channels, weight, point.weight)
         return {"loss": loss, "base": base, "detail": detail, "detail_weight": loss.new_tensor(weight)}
 
 
+def given(batch: Batch, factor: float, base_channels: int) -> torch.Tensor | None:
+    """The latents that a batch holds instead of images, their detail divided by ``factor``; None where it has images."""
+    if "latent" not in batch or factor == 1:
+        return batch.get("latent")
+    base, detail = batch["latent"].tensor_split([base_channels], dim=1)
+    return torch.cat([base, detail / factor], dim=1)
+
+
 def check_settings(recipe: AdapterRecipe) -> None:
-    """Raise DAVAEError where two settings contradict each other."""
+    """Raise DAVAEError where a setting makes no sense or two contradict each other."""
+    if not (0 < recipe.detail_factor < math.inf):
+        raise DAVAEError(f"--detail-factor must be above 0, got {recipe.detail_factor}")
+    if recipe.start is not None and not recipe.zero_init:
+        raise DAVAEError("--no-zero-init draws what --start brings along; leave one of the two out")
     if recipe.frozen == "bf16" and recipe.run.precision != "bf16":
         raise DAVAEError(
             "weights held in bf16 need a forward pass in bf16: give --run.precision bf16 too, or --frozen fp32"
@@ -174,14 +195,17 @@ class AdapterTask:
         self.davae, self.text, self.of = parts.davae.requires_grad_(False), parts.text, parts.of
         if recipe.run.prompts is not None:  # a prompt without an embedding is found now and not at the first sheet
             encode(self.text, [asked.prompt for asked in read_prompts(recipe.run.prompts)], torch.device("cpu"))
+        spread = tuple(recipe.detail_factor * std for std in self.davae.latent.detail_std)
+        self.units = replace(self.davae.latent, detail_std=spread)
         self.model = AdaptedModel(
             parts.model,
-            self.davae.latent,
+            self.units,
             recipe.rank,
             recipe.targets,
             recipe.run.seed,
             parts.start,
             torch.bfloat16 if recipe.frozen == "bf16" else torch.float32,
+            recipe.zero_init,
         )
         if recipe.gradient_checkpointing:
             self.model.checkpoint_blocks()
@@ -200,12 +224,12 @@ class AdapterTask:
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images to latents in the model's units, on the device of the images."""
         device = next(self.davae.parameters()).device
-        return self.davae.latent.normalise(pieces.encode(self.davae, x.to(device)).float()).to(x.device)
+        return self.units.normalise(pieces.encode(self.davae, x.to(device)).float()).to(x.device)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents in the model's units to images, on the device of the latents."""
         device = next(self.davae.parameters()).device
-        return pieces.decode(self.davae, self.davae.latent.denormalise(z).to(device)).float().to(z.device)
+        return pieces.decode(self.davae, self.units.denormalise(z).to(device)).float().to(z.device)
 
     def sheet(self, batch: Batch) -> torch.Tensor:
         """Images (where they are not given as latents), their reconstructions, samples for their captions; or samples
@@ -228,7 +252,8 @@ class AdapterTask:
 
     def latent(self, batch: Batch, some: slice) -> torch.Tensor:
         """Latents in the model's units of some images of a batch, which may hold these instead of images."""
-        return batch["latent"][some] if "latent" in batch else self.encode(batch["image"][some])
+        z = given(batch, self.recipe.detail_factor, self.units.base_channels)
+        return self.encode(batch["image"][some]) if z is None else z[some]
 
     def drawn(self, caption: str, seed: int, like: torch.Tensor) -> torch.Tensor:
         """The image drawn for a caption, as large as that of the latent ``like [1, C + D, h, w]``."""
@@ -244,11 +269,9 @@ class AdapterTask:
         def predict(x: torch.Tensor, t: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
             return self.model(x, t, *encode(self.text, captions, x.device))
 
-        channels = self.davae.latent.base_channels
-        latents = (
-            (batch["latent"] if "latent" in batch else self.held_out(batch["image"]), batch["caption"])
-            for batch in batches
-        )
+        channels = self.units.base_channels
+        known = ((given(batch, self.recipe.detail_factor, channels), batch) for batch in batches)
+        latents = ((self.held_out(batch["image"]) if z is None else z, batch["caption"]) for z, batch in known)
         return velocity_errors(predict, latents, {"base": slice(channels), "detail": slice(channels, None)})
 
     def export(self, folder: Path, history: History) -> list[Path]:

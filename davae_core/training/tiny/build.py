@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, six trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, eight trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -27,7 +27,9 @@ TRAININGS = {
     "autoencoder": ("autoencoder", "", tiny.AUTOENCODER),
     "autoencoder_finish": ("autoencoder", "-finish", tiny.AUTOENCODER),
     "autoencoder_sharpen": ("autoencoder", "-sharpen", tiny.AUTOENCODER),
+    "autoencoder_robust": ("autoencoder", "-robust", tiny.AUTOENCODER),
     "adapter": ("adapter", "", tiny.ADAPTER),
+    "adapter_finish": ("adapter", "-finish", tiny.ADAPTER),
 }
 
 

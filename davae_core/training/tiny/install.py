@@ -41,11 +41,11 @@ def install(config: InstallConfig) -> list[Path]:
     Raises:
         CheckpointError: a stage of this size has not finished.
     """
-    stage = {name: folder(config.size, name) for name in ("base_dit", "autoencoder_sharpen", "adapter")}
+    stage = {name: folder(config.size, name) for name in ("base_dit", "autoencoder_robust", "adapter_finish")}
     state, _ = files.read(stage["base_dit"] / tiny.MODEL)
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
-    davae = checkpoints.load_autoencoder(stage["autoencoder_sharpen"] / tiny.AUTOENCODER, torch.float32)
-    adapter = checkpoints.load_adapter(stage["adapter"] / tiny.ADAPTER)
+    davae = checkpoints.load_autoencoder(stage["autoencoder_robust"] / tiny.AUTOENCODER, torch.float32)
+    adapter = checkpoints.load_adapter(stage["adapter_finish"] / tiny.ADAPTER)
     told = STAGES["adapter"].recipes[config.size][1].recommended  # chosen by what the trained family draws
     preview = preview_of(davae, folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))

@@ -1,16 +1,19 @@
 """Stage 2: what is trained, from where it starts, and that the exported adapter is what was trained."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from davae_core import checkpoints, flow
+from davae_core import checkpoints, flow, tiny
 from davae_core.adapter import LORA_MODULES, WIDENED, Recommended, merge
+from davae_core.errors import DAVAEError
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig
+from davae_core.training import __main__ as entry
 from davae_core.training.data.draws import Draws
 from davae_core.training.objective import FlowConfig, noised
 from davae_core.training.run import state
@@ -93,6 +96,90 @@ def test_the_exported_adapter_merged_into_the_base_is_what_was_trained(
     whole = MMDiT(MMDiTConfig.from_state_dict(merged))
     whole.load_state_dict(merged)
     assert torch.allclose(whole(*inputs), trained, atol=1e-5)
+
+
+def test_without_zero_init_the_new_parts_are_as_wide_as_the_pretrained_ones(base: dict[str, torch.Tensor]) -> None:
+    model = AdaptedModel(base, SPEC, 4, ALL, seed=0, zero_init=False)
+    state = model.adapter(Recommended()).state
+    for name in WIDENED[::2]:
+        new = state[f"davae.{name.removesuffix('weight')}detail.weight"]
+        assert new.std() == pytest.approx(float(base[name].std()), rel=0.2)
+        assert state[f"davae.{name.removesuffix('weight')}delta.weight"].abs().max() == 0
+
+
+def test_an_adapter_of_lower_rank_is_continued_at_a_higher_one(
+    model: AdaptedModel, base: dict[str, torch.Tensor], inputs: Inputs
+) -> None:
+    train(model, inputs)
+    start = model.adapter(Recommended())
+    wider = AdaptedModel(base, SPEC, 8, ALL, seed=1, start=start)
+    assert torch.allclose(wider(*inputs), model(*inputs), atol=1e-5)
+    exported = wider.adapter(Recommended()).state
+    downs = [tensor for name, tensor in exported.items() if name.endswith(".lora_A.weight")]
+    assert downs and all(len(down) == 8 and (down.norm(dim=1) > 0).all() for down in downs)
+    before = wider(*inputs)
+    train(wider, inputs)
+    assert (wider(*inputs) - before).abs().max() > 1e-3
+
+
+def test_an_alpha_of_its_own_is_kept_when_the_rank_grows(model: AdaptedModel, base: dict[str, torch.Tensor]) -> None:
+    """Files of others have any alpha; the change of the model is alpha / rank times the product."""
+    start = model.adapter(Recommended())
+    state = {name: torch.tensor(2.0) if name.endswith(".alpha") else t + 0.1 for name, t in start.state.items()}
+    start = replace(start, state=state)
+    wider = AdaptedModel(base, SPEC, 8, ALL, seed=1, start=start)
+    told, expected = merge(base, wider.adapter(Recommended())), merge(base, start)
+    assert all(torch.allclose(told[name], expected[name], atol=1e-5) for name in expected)
+
+
+def test_an_adapter_of_higher_rank_is_not_cut(model: AdaptedModel, base: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(DAVAEError, match="not of this recipe's shape"):
+        AdaptedModel(base, SPEC, 2, ALL, seed=0, start=model.adapter(Recommended()))
+
+
+def test_a_factor_on_the_detail_is_part_of_the_adapters_units(stages: Any, tmp_path: Path) -> None:
+    """What is drawn with it are latents of the same autoencoder."""
+    out = tmp_path / "ahead"
+    assert stages.run("adapter", out, 2, "--detail-factor", "2") == 0
+    latent = checkpoints.load_adapter(out / tiny.ADAPTER).config.latent
+    davae = checkpoints.load_autoencoder(stages.file("autoencoder"), torch.float32)
+    assert latent.detail_std == pytest.approx([2 * std for std in davae.latent.detail_std], rel=1e-5)
+    assert (
+        latent.detail_mean == pytest.approx(davae.latent.detail_mean) and latent.base_scale == davae.latent.base_scale
+    )
+    z = davae.encode(torch.rand(1, 3, 32, 32) * 2 - 1)
+    base, detail = latent.split(latent.normalise(z))
+    assert torch.allclose(base, davae.latent.normalise(z)[:, :16]) and detail.std() < base.std()
+    assert torch.allclose(latent.denormalise(latent.normalise(z)), z, atol=1e-5)
+
+
+def test_stored_latents_are_in_those_units_too(stages: Any, tmp_path: Path) -> None:
+    """A training on latents computed before has the losses of one that encodes the pictures itself."""
+    kept = tmp_path / "latents"
+    size = ["--data.size", "32", "--data.no-flip", "--data.workers", "0"]
+    made = ["latents", "--data.images", str(stages.images), *size, "--autoencoder", str(stages.file("autoencoder"))]
+    assert entry.main([*made, "--out", str(kept), "--dtype", "fp32"]) == 0
+    more = ["--detail-factor", "2", "--run.precision", "fp32"]
+    assert stages.run("adapter", tmp_path / "a", 2, *more) == 0
+    assert stages.run("adapter", tmp_path / "b", 2, *more, "--latents", str(kept)) == 0
+    losses = [stages.curves(tmp_path / name)["adapter/detail"] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--detail-factor", "0"], "--detail-factor must be above 0"),
+        (["--detail-factor", "nan"], "--detail-factor must be above 0"),
+        (["--no-zero-init", "--start", "a.safetensors"], "--no-zero-init draws what --start brings along"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(stages: Any, tmp_path: Path, option: list[str], message: str) -> None:
+    adapter = str(stages.file("adapter"))
+    option = [adapter if word == "a.safetensors" else word for word in option]
+    with pytest.raises(DAVAEError, match=message):
+        stages.run("adapter", tmp_path / "out", 2, *option)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rank_zero_trains_the_embedder_and_the_head_alone(base: dict[str, torch.Tensor], inputs: Inputs) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.history import History
@@ -227,3 +228,14 @@ def test_bf16_is_what_is_asked_for_or_what_the_device_can() -> None:
     assert computes("fp32") is torch.float32
     assert computes("bf16") is torch.bfloat16
     assert computes("auto") is (torch.bfloat16 if precision.computes_bf16(cpu) else torch.float32)
+
+
+def test_attention_is_plain_only_where_bf16_is_trained_on_a_cpu() -> None:
+    q = torch.randn(1, 1, 4, 8)
+
+    def fused(asked: str) -> bool:
+        with precision.attention(asked, torch.device("cpu")):
+            return torch._fused_sdp_choice(q, q, q) != SDPBackend.MATH.value
+
+    assert fused("fp32") and not fused("bf16")
+    assert fused("auto") is not precision.computes_bf16(torch.device("cpu"))

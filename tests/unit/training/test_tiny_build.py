@@ -24,7 +24,7 @@ def finished(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         link = recipes.folder("micro", stage)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(
-            stages.folder(stage.partition("_")[0] if stage.startswith("autoencoder") else stage),
+            stages.folder(stage if stage.startswith("base_") else stage.partition("_")[0]),
             target_is_directory=True,
         )
     data = recipes.folder("micro", "data")
@@ -43,13 +43,15 @@ def test_both_models_of_a_family_work_on_the_same_number_of_tokens(size: str) ->
 @pytest.mark.parametrize("size", recipes.SIZES)
 def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     davae, finish = recipes.autoencoder_recipe(size), recipes.finished_autoencoder_recipe(size)
-    sharpen = recipes.sharpened_autoencoder_recipe(size)
+    sharpen, robust = recipes.sharpened_autoencoder_recipe(size), recipes.robust_autoencoder_recipe(size)
+    last = recipes.finished_adapter_recipe(size)
     model, adapter = recipes.base_dit_recipe(size), recipes.adapter_recipe(size)
     left = {recipes.folder(size, stage) / file for stage, (*_, file) in build.TRAININGS.items()}
     left.add(recipes.folder(size, "base_dit") / tiny.MODEL)
     read = {model.autoencoder, davae.base, finish.base, finish.start, sharpen.base, sharpen.start}
-    read |= {adapter.model, adapter.text_encoder, adapter.autoencoder}
-    assert read == left - {adapter.run.out / tiny.ADAPTER, sharpen.run.out / tiny.AUTOENCODER}
+    read |= {robust.base, robust.start, adapter.model, adapter.text_encoder, adapter.autoencoder, last.start}
+    assert read == left - {last.run.out / tiny.ADAPTER, robust.run.out / tiny.AUTOENCODER}
+    assert (last.model, last.autoencoder) == (adapter.model, adapter.autoencoder)
 
 
 def test_no_recipe_reads_a_held_out_image() -> None:
@@ -75,7 +77,7 @@ def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
 
 
 def test_a_family_without_all_stages_is_not_installed(finished: Path) -> None:
-    recipes.folder("micro", "adapter").unlink()
+    recipes.folder("micro", "adapter_finish").unlink()
     with pytest.raises(DAVAEError, match=r"adapter.*does not exist"):
         install.install(install.InstallConfig("micro", finished / "pack"))
     assert not (finished / "pack").exists()
@@ -87,5 +89,5 @@ def test_building_a_finished_family_trains_nothing(
     asked = []
     monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == 6
+    assert capsys.readouterr().out.count("finished before") == 8
     assert [config.size for config in asked] == [128]

@@ -1,0 +1,1 @@
+"""The ablation bench: variants of the method, trained alike and measured by what they draw."""

@@ -1,0 +1,138 @@
+"""The trainings of a variant: recipes made of the tiny family's, run by the same code as by hand, and what they leave."""
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ... import checkpoints, tiny
+from ...errors import DAVAEError
+from .. import stages
+from ..data import stored_latents
+from ..run import folder
+from ..run.launch import launch
+from ..run.loop import FINISHED
+from .budget import BenchConfig
+from .variants import Changes, Variant
+
+RECIPES = "micro"  # of which the variants are changes
+LATENTS = "latents"  # of the given DA-VAE, computed once
+
+
+class Stopped(Exception):
+    """A training was stopped; its state is saved, and the bench goes on from it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that a training has left on its way: and at which step."""
+
+    step: int
+    path: Path
+
+
+def changed(recipe: Any, changes: Changes) -> Any:
+    """A recipe with settings replaced by dotted name.
+
+    Raises:
+        DAVAEError: it has no such setting.
+    """
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        if not is_dataclass(recipe) or head not in {field.name for field in fields(recipe)}:
+            raise DAVAEError(f"{type(recipe).__name__} has no setting {name!r}")
+        recipe = replace(recipe, **{head: changed(getattr(recipe, head), {rest: value}) if rest else value})
+    return recipe
+
+
+def stage_1(config: BenchConfig, variant: Variant, seed: int, out: Path) -> list[Checkpoint]:
+    """Train a DA-VAE from the base VAE, or the decoder of the given one alone.
+
+    Raises:
+        Stopped: by a signal.
+    """
+    alone = variant.group == "decoder"
+    recipe = stages.STAGES["autoencoder"].recipes[f"{RECIPES}-robust" if alone else RECIPES][1]
+    steps = config.steps.decoder if alone else config.steps.latent
+    recipe = changed(recipe, {
+        **_common(config, seed, out, steps, config.latent_batch, ("train", "other")),
+        "base": config.autoencoder,
+        "start": config.autoencoder if alone else None,
+        "run.keep_every": 0,
+        **variant.autoencoder,
+    })  # fmt: skip
+    return _run("autoencoder", recipe, tiny.AUTOENCODER)
+
+
+def stage_2(config: BenchConfig, variant: Variant, seed: int, out: Path, autoencoder: Path) -> list[Checkpoint]:
+    """Train an adapter from zero.
+
+    Raises:
+        Stopped: by a signal.
+    """
+    recipe = stages.STAGES["adapter"].recipes[RECIPES][1]
+    given = autoencoder == config.autoencoder
+    steps = config.steps.adapter
+    recipe = changed(recipe, {
+        **_common(config, seed, out, steps, config.batch, ("train",)),
+        "model": config.model,
+        "text_encoder": config.text_encoder,
+        "autoencoder": autoencoder,
+        "latents": config.out / LATENTS if given else None,
+        "keep_latents": not given,
+        "detail_warmup": steps // 3,
+        "recommended.size": side(config),
+        "run.compile": config.compile,
+        "run.keep_every": steps // config.checkpoints,
+        **variant.adapter,
+    })  # fmt: skip
+    return _run("adapter", recipe, tiny.ADAPTER)
+
+
+def prepare_latents(config: BenchConfig) -> None:
+    """Compute the latents of the training pictures, or what is missing of them."""
+    adapter = stages.STAGES["adapter"].recipes[RECIPES][1]
+    data = replace(adapter.data, images=(str(config.images / "train"),), size=side(config))
+    asked = stored_latents.LatentsConfig(data, config.autoencoder, config.out / LATENTS, dtype="fp32")
+    stored_latents.compute(asked)
+
+
+def side(config: BenchConfig) -> int:
+    """Of the pictures, in pixels: what the given adapter draws.
+
+    Raises:
+        DAVAEError: its file does not say.
+    """
+    size = checkpoints.load_adapter(config.adapter).config.recommended.size
+    if not size:
+        raise DAVAEError(f"{config.adapter} does not recommend a size; give an adapter that does (--adapter)")
+    return size
+
+
+def _common(
+    config: BenchConfig, seed: int, out: Path, steps: int, batch: int, parts: tuple[str, ...]
+) -> dict[str, Any]:
+    there = tuple(str(config.images / part) for part in parts if (config.images / part).is_dir())
+    return {
+        "data.images": there,
+        "data.size": side(config),
+        "run.out": out,
+        "run.steps": steps,
+        "run.batch": batch,
+        "run.seed": seed,
+        "run.precision": config.precision,
+        "run.resume": True,
+        "run.sample_every": 0,
+        "run.save_minutes": 2.0,
+    }
+
+
+def _run(stage: str, recipe: Any, file: str) -> list[Checkpoint]:
+    """Train, unless that is finished; the file at each checkpoint, the last one's in the folder of the run."""
+    out, steps, every = recipe.run.out, recipe.run.steps, recipe.run.keep_every
+    if not (out / file).is_file():
+        code = stages.STAGES[stage].train(recipe, partial(launch, stage=stage, name=RECIPES))
+        if code != FINISHED:
+            raise Stopped
+    between = [Checkpoint(n, folder.checkpoint(out, n) / file) for n in range(every, steps, every)] if every else []
+    return [*(point for point in between if point.path.is_file()), Checkpoint(steps, out / file)]
