@@ -36,8 +36,8 @@ class BenchConfig:
     """Which variants, on what, and for how long."""
 
     variants: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """"group/name", or a whole group: adapter, latent, decoder, sampling; everything where nothing is named. The group's
-    control always runs."""
+    """"group/name", or a whole group: adapter, latent, decoder, sampling; everything where nothing is named. A
+    group's control always runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Random seeds of the trainings; each variant runs once with each. Also of the noise that is drawn from."""
     steps: Steps = Steps()

@@ -1,4 +1,4 @@
-"""The trainings of a variant: recipes made of the tiny family's, run by the same code as by hand, and what they leave."""
+"""The trainings of a variant: changes of the tiny family's recipes, run by the same code as by hand."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -39,7 +39,7 @@ def changed(recipe: Any, changes: Changes) -> Any:
     """
     for name, value in changes.items():
         head, _, rest = name.partition(".")
-        if not is_dataclass(recipe) or head not in {field.name for field in fields(recipe)}:
+        if head not in ({field.name for field in fields(recipe)} if is_dataclass(recipe) else ()):
             raise DAVAEError(f"{type(recipe).__name__} has no setting {name!r}")
         recipe = replace(recipe, **{head: changed(getattr(recipe, head), {rest: value}) if rest else value})
     return recipe

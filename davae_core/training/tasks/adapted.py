@@ -106,8 +106,8 @@ def _dtype(name: str, tensor: torch.Tensor, frozen: torch.dtype) -> torch.dtype:
 
 
 def grown(start: Adapter, fresh: Adapter) -> Adapter:
-    """``start`` with the LoRA rank of ``fresh`` where its own is lower: the same change of the model, with room to learn
-    more. Its factors come first, then the first factors of ``fresh`` and zeros."""
+    """``start`` with the LoRA rank of ``fresh`` where its own is lower: the same change of the model, with room to
+    learn more. Its factors come first, then the first factors of ``fresh`` and zeros."""
     state = dict(start.state)
     for name, tensor in start.state.items():
         stem, is_first, _ = name.partition(".lora_A.weight")

@@ -70,8 +70,8 @@ class AdapterRecipe:
     detail_warmup: int = 10_000
     """Steps in which the weight of the detail channels rises from 0 to 1 (N_warm)."""
     detail_factor: float = 1.0
-    """Factor on the spread by which the detail channels are divided. Above 1 they hold less signal at each time and come
-    after the base: a factor k is a time shift by k of their own. The adapter's file keeps it."""
+    """Factor on the spread by which the detail channels are divided. Above 1 they hold less signal at each time and
+    come after the base: a factor k is a time shift by k of their own. The adapter's file keeps it."""
     zero_init: bool = True
     """Start the new columns of the embedder and rows of the head at zero, so that step 0 is the pretrained model; False
     draws them as wide as the pretrained ones."""
@@ -120,7 +120,7 @@ class AdapterPhase(Phase):
 
 
 def given(batch: Batch, factor: float, base_channels: int) -> torch.Tensor | None:
-    """The latents that a batch holds instead of images, their detail divided by ``factor``; None where it has images."""
+    """The latents that a batch holds instead of images, detail divided by ``factor``; None where it has images."""
     if "latent" not in batch or factor == 1:
         return batch.get("latent")
     base, detail = batch["latent"].tensor_split([base_channels], dim=1)
