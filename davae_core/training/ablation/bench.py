@@ -5,7 +5,7 @@
     python -m davae_core.training ablate --table               # what is finished so far
 
 Every variant runs once with each seed. A finished one leaves OUT/group/name/SEED.json and is not run again; what was
-interrupted goes on where it was. Started in two terminals, two share the work. After each run the table is written anew:
+interrupted goes on where it was. Started in two terminals, two share the work. The table is written after each run:
 OUT/table.md for people, OUT/table.json with everything.
 """
 
