@@ -102,13 +102,19 @@ def sample_euler(
 
 
 def guided(
-    model: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor], cfg: float
+    model: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor], cfg: float | torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Classifier-free guidance, ``v_negative + cfg (v_positive - v_negative)``; ``model`` is told which is asked."""
+    """Classifier-free guidance, ``v_negative + cfg (v_positive - v_negative)``; ``model`` is told which is asked.
+
+    Args:
+        model: ``(x, t, positive)`` to the velocity.
+        cfg: one scale, or one per channel, ``[1, c, 1, 1]``; where all are 1 the negative is not asked.
+    """
+    plain = bool((torch.as_tensor(cfg) == 1).all())
 
     def call(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         positive = model(x, t, True)
-        if cfg == 1.0:
+        if plain:
             return positive
         negative = model(x, t, False)
         return negative + cfg * (positive - negative)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from . import flow
+from .latent import LatentSpec
 from .text_encoder import TextEncoder
 
 _SEED_STEP = 1_000_003  # indices of captions stay below it, so that no two seeds share noise
@@ -19,11 +20,20 @@ class Sampling:
         shift: time shift of the flow, above 0.
         cfg: guidance scale; 1 for none.
         steps: Euler steps, at least 1.
+        detail_cfg: guidance scale of the detail channels; 0 for that of the base.
     """
 
     shift: float = 3.0
     cfg: float = 1.5
     steps: int = 30
+    detail_cfg: float = 0.0
+
+    def scales(self, channels: int, base_channels: int) -> float | torch.Tensor:
+        """The guidance scale of each channel, ``[1, channels, 1, 1]``, or one for all."""
+        if not self.detail_cfg or self.detail_cfg == self.cfg or channels <= base_channels:
+            return self.cfg
+        of_channels = [self.cfg] * base_channels + [self.detail_cfg] * (channels - base_channels)
+        return torch.tensor(of_channels).view(1, -1, 1, 1)
 
 
 def encode_captions(text: TextEncoder, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,10 +76,17 @@ def sample_encoded(
     empty: tuple[torch.Tensor | None, ...],
     noise: torch.Tensor,
     sampling: Sampling,
+    base_channels: int = LatentSpec.base_channels,
 ) -> torch.Tensor:
-    """:func:`sample` of captions and empty ones that are encoded already, as the model reads them after x and t."""
+    """:func:`sample` of captions and empty ones that are encoded already, as the model reads them after x and t.
+
+    ``base_channels`` are the first of the noise's channels; those after them are detail.
+    """
 
     def velocity(x: torch.Tensor, t: torch.Tensor, positive: bool) -> torch.Tensor:
         return model(x, t, *(asked if positive else empty))
 
-    return flow.sample_euler(flow.guided(velocity, sampling.cfg), noise, flow.sigmas(sampling.steps, sampling.shift))
+    cfg = sampling.scales(noise.shape[1], base_channels)
+    if isinstance(cfg, torch.Tensor):
+        cfg = cfg.to(noise)
+    return flow.sample_euler(flow.guided(velocity, cfg), noise, flow.sigmas(sampling.steps, sampling.shift))

@@ -15,7 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,9 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Shown], list
     metrics, lacking = reconstruction.available_metrics(family.device)
     how = Samplings(generate.adapted_sampling(family, args.steps), Sampling(steps=args.steps or Sampling.steps))
     if args.cfg:
-        how = Samplings(Sampling(how.adapted.shift, args.cfg, how.adapted.steps), how.base)
+        how = replace(how, adapted=replace(how.adapted, cfg=args.cfg))
+    if args.detail_cfg:
+        how = replace(how, adapted=replace(how.adapted, detail_cfg=args.detail_cfg))
     asked = asked_of(found.training, args.captions, references)
     shown = [Shown(one.prompt.caption) for one in asked[:: max(1, len(asked) // args.rows)][: args.rows]]
     measured: dict[str, Any] = {
@@ -228,6 +230,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--rows", type=figures.at_least(1), default=24, help="pictures in the report (default: 24)")
     out.add_argument("--steps", type=figures.at_least(0), default=0, help="sampler steps (0: as recommended)")
     out.add_argument("--cfg", type=float, default=0.0, help="guidance of the adapted model (0: as recommended)")
+    out.add_argument(
+        "--detail-cfg", type=float, default=0.0, help="guidance of its detail channels (0: as of the base)"
+    )
     return out
 
 

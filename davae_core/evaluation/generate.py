@@ -68,7 +68,7 @@ def _latents(
     noise = initial_noise(seed, [prompt.index for prompt in prompts], (family.latent.channels, side, side))
     noise = noise[:, :channels].to(family.device)
     asked, empty = family.encode([prompt.caption for prompt in prompts]), family.encode([""] * len(prompts))
-    return sample_encoded(model, asked, empty, noise, sampling)
+    return sample_encoded(model, asked, empty, noise, sampling, family.latent.base_channels)
 
 
 @torch.no_grad()

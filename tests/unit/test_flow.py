@@ -146,7 +146,13 @@ def test_guidance_of_one_never_asks_for_the_negative() -> None:
         return x
 
     guided(model, cfg=1.0)(torch.zeros(1), torch.zeros(1))
-    assert asked == [True]
+    guided(model, cfg=torch.ones(1, 2, 1, 1))(torch.zeros(1, 2, 1, 1), torch.zeros(1))
+    assert asked == [True, True]
+
+
+def test_channels_may_have_guidance_of_their_own() -> None:
+    predictor = guided(lambda x, t, positive: torch.full_like(x, 3.0 if positive else 1.0), torch.tensor([2.5, 1.0]))
+    assert predictor(torch.zeros(2), torch.zeros(1)).tolist() == [1.0 + 2.5 * 2.0, 3.0]
 
 
 def test_min_snr_weighs_as_the_release_does() -> None:

@@ -110,6 +110,8 @@ VARIANTS: tuple[Variant, ...] = (
     _sampling("cfg-1.5", "guidance 1.5", cfg=1.5),
     _sampling("cfg-2", "guidance 2", cfg=2.0),
     _sampling("cfg-3", "guidance 3", cfg=3.0),
+    _sampling("cfg-3-detail-1.5", "guidance 3 for the base, 1.5 for the detail", cfg=3.0, detail_cfg=1.5),
+    _sampling("cfg-1.5-detail-1", "guidance 1.5 for the base, none for the detail", cfg=1.5, detail_cfg=1.0),
     _sampling("shift-1", "times not shifted", shift=1.0),
     _sampling("shift-4", "times shifted by 4", shift=4.0),
     _sampling("steps-100", "100 steps", steps=100),

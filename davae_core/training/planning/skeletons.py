@@ -61,7 +61,11 @@ def task(
         network = recipe.losses.network
         distance = empty(lambda: perceptual_shape(network)) if recipe.losses.perceptual else None
         parts = autoencoder.Parts(empty(lambda: Autoencoder(base)), SD3, distance)
-        return AutoencoderTask(replace(recipe, run=run, start=None), images, parts)
+        made = AutoencoderTask(replace(recipe, run=run, start=None, freeze_detail=False), images, parts)
+        if recipe.freeze_detail:
+            autoencoder.freeze_detail(made.model, recipe)
+            made.recipe = recipe
+        return made
     shape = model or MMDiTConfig()
     # Files are in fp16, which the position table stays in.
     stored = {name: tensor.half() for name, tensor in empty(lambda: MMDiT(shape)).state_dict().items()}

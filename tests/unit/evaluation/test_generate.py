@@ -38,6 +38,13 @@ def copies(where: FamilyFiles, tmp_path: Path) -> FamilyFiles:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_detail_has_the_guidance_that_is_asked_for() -> None:
+    assert Sampling(cfg=3.0).scales(32, 16) == Sampling(cfg=3.0, detail_cfg=3.0).scales(32, 16) == 3.0
+    assert Sampling(cfg=3.0, detail_cfg=1.5).scales(16, 16) == 3.0  # the base model has no detail
+    told = Sampling(cfg=3.0, detail_cfg=1.5).scales(32, 16)
+    assert isinstance(told, torch.Tensor) and told.flatten().tolist() == [3.0] * 16 + [1.5] * 16
+
+
 def test_a_command_line_names_any_files_and_the_rest_is_the_tiny_family(where: FamilyFiles, options: list[str]) -> None:
     parser = ArgumentParser()
     families.add_arguments(parser)
