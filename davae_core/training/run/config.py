@@ -1,9 +1,10 @@
 """What all trainings have in common to configure, and the command line made of it."""
 
+import ast
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -97,6 +98,11 @@ FREE |= {"run.micro_batch", "run.compile", "data.images", "data.workers", "data.
 FREE |= {"gradient_checkpointing", "frozen", "file"}
 
 
+# Fields that name a file or folder, and those that name several with what holds for their images.
+PLACES = {"run.out", "run.prompts", "base", "model", "autoencoder", "text_encoder", "embeddings", "latents", "start"}
+ENTRIES = {"data.images", "data.held_out"}
+
+
 def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
     """A recipe as ``{"run.steps": 1000, ...}`` with JSON values."""
     out: dict[str, Any] = {}
@@ -107,6 +113,21 @@ def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{field.name}"] = value if isinstance(value, (int, float, str, type(None))) else str(value)
     return out
+
+
+def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat recipe as a file may tell it to anyone: of files and folders their names alone, not where they lie."""
+    out = dict(settings)
+    for name in PLACES & out.keys():
+        out[name] = _name(out[name])
+    for name in ENTRIES & out.keys():
+        entries = [entry.partition("::") for entry in ast.literal_eval(out[name])]
+        out[name] = str(tuple(f"{_name(place)}{mark}{rest}" for place, mark, rest in entries))
+    return out
+
+
+def _name(place: str | None) -> str | None:
+    return place and PureWindowsPath(place).name  # of either system's paths
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from ...errors import DAVAEError
 from ...history import History
 from . import faults, folder, player, sharding
 from . import state as states
-from .config import RunConfig
+from .config import RunConfig, without_folders
 from .progress import Report
 from .resume import where
 from .task import Task
@@ -136,7 +136,7 @@ class Keeper:
 
 
 def history(about: states.About, recipe: Mapping[str, Any], step: int) -> History:
-    """What an exported file tells of its training."""
-    settings = {**recipe, **({"changes": list(about.changes)} if about.changes else {})}
+    """What an exported file tells of its training; nothing of where its files lay."""
+    settings = {**without_folders(recipe), **({"changes": list(about.changes)} if about.changes else {})}
     rate = about.highest_rate or float(recipe.get("optimiser.lr", 0.0))
     return History(step, rate, int(recipe.get("run.seed", 0)), about.recipe, settings)

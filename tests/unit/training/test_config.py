@@ -1,8 +1,11 @@
 """Recipes: how they are flattened, compared and read from a command line."""
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -11,6 +14,7 @@ from davae_core.training.data.dataset import DataConfig
 from davae_core.training.recipes import tiny as recipes
 from davae_core.training.run import config
 from davae_core.training.run.config import OptimiserConfig, RunConfig
+from davae_core.training.stages import STAGES
 
 ALL = [
     recipe
@@ -40,6 +44,36 @@ def test_what_may_differ_is_part_of_the_recipes() -> None:
     # A misspelt name would do nothing.
     assert set().union(*map(config.flat, ALL)) >= config.FREE
     assert all(set(config.flat(recipe)) >= {name for name in config.FREE if "." in name} for recipe in ALL)
+
+
+def test_every_setting_that_is_a_path_is_known_to_be_one() -> None:
+    """Files tell the settings they were made with, and nobody's folders."""
+    for stage in STAGES.values():
+        for _, recipe in stage.recipes.values():
+            for name, field in paths_of(recipe):
+                assert name in config.PLACES | config.ENTRIES, f"{name}: {field}"
+
+
+def paths_of(recipe: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(type(recipe))
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from paths_of(value, f"{prefix}{field.name}.")
+        elif "Path" in str(hints[field.name]):
+            yield f"{prefix}{field.name}", value
+
+
+@pytest.mark.parametrize(
+    ("before", "name"), [("/home/a b/vae.sft", "vae.sft"), ("C:\\x y\\vae.sft", "vae.sft"), (None, None)]
+)
+    ("before", "name"), [("/home/a b/vae.sft", "vae.sft"), ("C:\\x y\\vae.sft", "vae.sft"), (None, None)]
+)
+def test_a_file_does_not_tell_where_others_lay(before: str | None, name: str | None) -> None:
+    images = str(("/home/a b/photos::repeats=2::prefix=a photo, 50/50", "cats", "D:\\me\\dogs"))
+    told = config.without_folders({"base": before, "data.images": images, "data.held_out": "('2%',)", "rank": 4})
+    assert told["base"] == name and told["rank"] == 4 and told["data.held_out"] == "('2%',)"
+    assert told["data.images"] == str(("photos::repeats=2::prefix=a photo, 50/50", "cats", "dogs"))
 
 
 def test_differences_are_named_with_both_values() -> None:
