@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import tyro
 
 from ... import checkpoints, command, images, tiny
-from ...checkpoints import files
+from ...checkpoints import files, metadata
 from ...davae import DAVAE
 from ...errors import DAVAEError
 from ...preview import fit_preview
@@ -44,7 +44,9 @@ def install(config: InstallConfig) -> list[Path]:
     stage = {name: folder(config.size, name) for name in ("base_dit", "autoencoder_robust", "adapter_finish")}
     state, _ = files.read(stage["base_dit"] / tiny.MODEL)
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
-    davae = checkpoints.load_autoencoder(stage["autoencoder_robust"] / tiny.AUTOENCODER, torch.float32)
+    trained = stage["autoencoder_robust"] / tiny.AUTOENCODER
+    davae = checkpoints.load_autoencoder(trained, torch.float32)
+    history = metadata.history_of(files.read_metadata(trained)[1], trained.name)
     adapter = checkpoints.load_adapter(stage["adapter_finish"] / tiny.ADAPTER)
     told = STAGES["adapter"].recipes[config.size][1].recommended  # chosen by what the trained family draws
     preview = preview_of(davae, folder(config.size, "data") / "train")
@@ -67,7 +69,7 @@ def install(config: InstallConfig) -> list[Path]:
     about[tiny.PREVIEW] = json.dumps(preview)
     files.save(paths[0], {name: tensor.half() for name, tensor in state.items()}, about)
     checkpoints.save_text_encoder(paths[1], encoder.half(), title="Tiny text encoder", **by)
-    checkpoints.save_autoencoder(paths[2], davae.half(), told, title="Tiny DA-VAE", **by)
+    checkpoints.save_autoencoder(paths[2], davae.half(), told, title="Tiny DA-VAE", history=history, **by)
     checkpoints.save_adapter(paths[3], half, title="Tiny DA-VAE adapter", **by)
     for path in paths:
         print(f"{path.stat().st_size / 2**20:6.2f} MiB  {path}")

@@ -67,8 +67,6 @@ def paths_of(recipe: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize(
     ("before", "name"), [("/home/a b/vae.sft", "vae.sft"), ("C:\\x y\\vae.sft", "vae.sft"), (None, None)]
 )
-    ("before", "name"), [("/home/a b/vae.sft", "vae.sft"), ("C:\\x y\\vae.sft", "vae.sft"), (None, None)]
-)
 def test_a_file_does_not_tell_where_others_lay(before: str | None, name: str | None) -> None:
     images = str(("/home/a b/photos::repeats=2::prefix=a photo, 50/50", "cats", "D:\\me\\dogs"))
     told = config.without_folders({"base": before, "data.images": images, "data.held_out": "('2%',)", "rank": 4})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from davae_core import checkpoints, tiny
-from davae_core.checkpoints import files
+from davae_core.checkpoints import files, metadata
 from davae_core.errors import DAVAEError
 from davae_core.training.data import entries
 from davae_core.training.recipes import tiny as recipes
@@ -73,6 +73,10 @@ def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
     assert len(davae.latent.preview) == 51
     assert json.loads(files.read_metadata(paths[0])[1][tiny.PREVIEW]) == list(davae.latent.preview)
     assert adapter.config.recommended == recipes.adapter_recipe("micro").recommended  # not the toy training's
+    for path in paths[2:]:
+        history = metadata.history_of(files.read_metadata(path)[1], path.name)
+        assert history is not None and history.steps == 2 and history.of
+        assert str(finished.parent) not in str(history.settings)
     assert checkpoints.load_text_encoder(paths[1]).config.vocabulary
 
 
