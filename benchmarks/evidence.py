@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     drawn = [one for one in charts(foreign_json.read(args.table)) if any(part.points for part in one.lines)]
     if not drawn:
-        raise DAVAEError(
-            f"{args.table} has no curve: a training must be finished, python -m davae_core.training ablate"
-        )
+        raise DAVAEError(f"{args.table} has no curve: finish a training of it: python -m davae_core.training ablate")
     atomic.write(args.out, render(drawn))
 
 
