@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from davae_core import checkpoints, tiny
+from davae_core import checkpoints, images, tiny
 from davae_core.checkpoints import files, metadata
 from davae_core.errors import DAVAEError
+from davae_core.evaluation import recall
+from davae_core.evaluation.references import PICTURE, load_references
 from davae_core.training.data import entries
 from davae_core.training.recipes import tiny as recipes
 from davae_core.training.run import loop
-from davae_core.training.tiny import build, install
+from davae_core.training.tiny import build, install, samples
 
 
 @pytest.fixture
@@ -95,3 +97,14 @@ def test_building_a_finished_family_trains_nothing(
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
     assert capsys.readouterr().out.count("finished before") == 8
     assert [config.size for config in asked] == [128]
+
+
+def test_the_model_cards_picture_shows_what_the_shipped_family_draws(tmp_path: Path) -> None:
+    out = tmp_path / "samples.jpg"
+    assert samples.main(f"--training 2 --held-out 1 --columns 2 --out {out}".split()) == 0
+    drawn = images.parts(images.read_image(out), 128)
+    references = load_references(PICTURE)
+    known = references.training
+    captions = [references.captions[i] for i in (known[0], known[len(known) // 2])]
+    assert [verdict.top1 for verdict in recall.judge(drawn[:2], captions, references)] == [True, True]
+    assert (drawn[3] == 1).all() and (drawn[2] < 0).any()  # an empty place, and a drawing
