@@ -208,10 +208,8 @@ def test_a_picture_of_the_workflow_is_beside_it(name: str) -> None:
 
 
 def test_the_note_of_the_base_model_says_the_settings_that_it_has(prompts, recommended) -> None:
-    """It said that the cfg is what the adapter recommends."""
     content = json.loads((FOLDER / "tiny_native.json").read_text())
     note = next(node["widgets_values"][0] for node in content["nodes"] if node["type"] == "MarkdownNote")
     of = {node["class_type"]: node["inputs"] for node in prompts["tiny_native"].values()}
-    assert of["KSampler"]["cfg"] != recommended.cfg
-    assert f"cfg is {of['KSampler']['cfg']:g}" in note and f"(the adapter: {recommended.cfg:g})" in note
+    assert of["KSampler"]["cfg"] == recommended.cfg and f"cfg ({recommended.cfg:g})" in note
     assert (of["ModelSamplingSD3"]["shift"], of["KSampler"]["steps"]) == (recommended.shift, recommended.steps)
