@@ -114,8 +114,18 @@ def test_what_is_quantised_is_left_out_and_too_little_tells_nothing(mmdit: MMDiT
 def test_a_file_without_a_history_is_silent(mmdit: MMDiT) -> None:
     assert mismatch(None, "base_model", mmdit.state_dict()) == ""
     assert mismatch(History(), "base_model", mmdit.state_dict()) == ""
-    for folder, name in (("vae", tiny.AUTOENCODER), ("loras", tiny.ADAPTER)):
-        assert metadata.HISTORY not in files.read_metadata(tiny.FOLDERS[folder] / name)[1]
+
+
+def test_the_shipped_files_know_each_other() -> None:
+    adapter = load_adapter(tiny.FOLDERS["loras"] / tiny.ADAPTER)
+    model, _ = files.read(tiny.FOLDERS["diffusion_models"] / tiny.MODEL)
+    davae, info = files.read(tiny.FOLDERS["vae"] / tiny.AUTOENCODER)
+    own = metadata.history_of(info, tiny.AUTOENCODER)
+    assert adapter.history is not None and own is not None
+    for history, role, state in ((adapter.history, "base_model", model), (adapter.history, "davae", davae)):
+        assert history.of[role].values and mismatch(history, role, state) == ""
+    assert own.of["base_vae"].values and mismatch(own, "base_vae", davae) == ""
+    assert "/" not in json.dumps([dict(adapter.history.settings), dict(own.settings)])
 
 
 def test_a_history_comes_back_from_the_files(tmp_path: Path, adapter: Adapter, davae: DAVAE) -> None:
