@@ -7,10 +7,12 @@ from .native import (
     load_adapter,
     load_autoencoder,
     load_merged,
+    load_predictor,
     load_text_encoder,
     save_adapter,
     save_autoencoder,
     save_merged,
+    save_predictor,
     save_text_encoder,
 )
 
@@ -22,9 +24,11 @@ __all__ = [
     "load_adapter",
     "load_autoencoder",
     "load_merged",
+    "load_predictor",
     "load_text_encoder",
     "save_adapter",
     "save_autoencoder",
     "save_merged",
+    "save_predictor",
     "save_text_encoder",
 ]

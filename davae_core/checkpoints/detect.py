@@ -10,6 +10,7 @@ FileKind = Literal[
     "autoencoder",
     "adapter",
     "model",
+    "predictor",
     "text_encoder",
     "sd3 vae",
     "vae",
@@ -54,6 +55,8 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
         return Detected("autoencoder", "a DA-VAE autoencoder")
     if any_starts("davae.x_embedder."):
         return Detected("adapter", "a DA-VAE adapter")
+    if {"conv_in.weight", "conv_out.weight", "norm_out.weight", "blocks.0.conv1.weight"} <= names:
+        return Detected("predictor", "a DA-VAE detail predictor")
     if {"token_embedding.weight", "position_embedding", "pool.weight"} <= names:
         return Detected("text_encoder", "the text encoder of the tiny model")
     if {"dc_down.conv.weight", "dc_up.conv.weight"} <= names and any_starts("vae.encoder.down_blocks."):

@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..history import History
 from ..latent import LatentSpec
 from ..mmdit import MMDiT, MMDiTConfig
+from ..predictor import DetailPredictor, PredictorConfig
 from ..shapes import dims
 from ..text_encoder import TextEncoder, TextEncoderConfig
 from . import files, layout, metadata
@@ -23,6 +24,7 @@ PathLike = str | os.PathLike[str]
 _WHERE = {
     "autoencoder": "choose a DA-VAE autoencoder (models/vae)",
     "adapter": "choose a DA-VAE adapter (models/loras)",
+    "predictor": "choose a DA-VAE detail predictor (models/latent_upscale_models)",
     "model": "choose a merged DA-VAE model (models/diffusion_models)",
     "text_encoder": "choose the tiny model's text encoder (models/text_encoders)",
 }
@@ -97,6 +99,36 @@ def load_adapter(path: PathLike) -> Adapter:
         _agree(found.latent, latent, ("base_channels", "detail_channels"))
     layout.check_floats({key: tensor for key, tensor in meta.items() if not key.endswith(".alpha")}, name)
     return Adapter(replace(found, latent=latent, recommended=recommended), _tensors(path, info), history)
+
+
+def save_predictor(
+    path: PathLike,
+    model: DetailPredictor,
+    *,
+    title: str = "DA-VAE detail predictor",
+    author: str = "",
+    licence: str = "",
+    history: History | None = None,
+) -> None:
+    """Write a detail predictor with its configuration; the old file stays until the new one is whole."""
+    config = metadata.latent_config(model.latent, Recommended())
+    info = metadata.build("predictor", config, title=title, author=author, licence=licence, history=history)
+    files.save(path, model.state_dict(), info)
+
+
+def load_predictor(path: PathLike, dtype: torch.dtype | None = None) -> DetailPredictor:
+    """Read a detail predictor; arguments and errors as for :func:`load_autoencoder`."""
+    meta, info, name = _header(path, "predictor")
+    latent, _ = metadata.latent_of(metadata.parse(info, "predictor", name), name)
+    metadata.history_of(info, name)
+    with files.naming(name):
+        config = PredictorConfig.from_state_dict(meta)
+        _agree(config.latent, latent, ("base_channels", "detail_channels"))
+        with torch.device("meta"):
+            model = DetailPredictor(replace(config, latent=latent))
+    layout.check(meta, model, name)
+    model.load_state_dict(_tensors(path, info), assign=True)
+    return model.to(dtype).eval() if dtype else model.eval()
 
 
 @dataclass(frozen=True)

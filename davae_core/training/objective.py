@@ -83,15 +83,19 @@ class Reconstruction(nn.Module):
         if config.perceptual:
             self.distance = (distance or load_perceptual(config.network)).requires_grad_(False)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, moments: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of images ``x`` and reconstructions ``y``, ``[B, 3, H, W]``; ``moments [B, 2C, h, w]`` of the latent.
+    def forward(self, x: torch.Tensor, y: torch.Tensor, moments: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Losses of images ``x`` and reconstructions ``y``, ``[B, 3, H, W]``; ``moments [B, 2C, h, w]`` of the latent,
+        where it is trained.
 
         Returns:
             ``loss`` and, for the log, its parts without their weights.
         """
         config = self.config
-        parts = {"l1": (x - y.float()).abs().mean(), "kl": kl_divergence(moments)}
-        loss = config.l1 * parts["l1"] + config.kl * parts["kl"]
+        parts = {"l1": (x - y.float()).abs().mean()}
+        loss = config.l1 * parts["l1"]
+        if moments is not None:
+            parts["kl"] = kl_divergence(moments)
+            loss = loss + config.kl * parts["kl"]
         if config.l2:
             parts["l2"] = (x - y.float()).square().mean()
             loss = loss + config.l2 * parts["l2"]

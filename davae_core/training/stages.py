@@ -9,7 +9,7 @@ from . import recipes
 from .run import heartbeat
 from .run.config import from_command_line
 from .run.launch import Launch, launch
-from .tasks import adapter, autoencoder, base_autoencoder, base_dit
+from .tasks import adapter, autoencoder, base_autoencoder, base_dit, predictor
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ STAGES = {
         autoencoder.__doc__ or "", autoencoder.AutoencoderRecipe, recipes.AUTOENCODER, autoencoder.train
     ),
     "adapter": Stage(adapter.__doc__ or "", adapter.AdapterRecipe, recipes.ADAPTER, adapter.train),
+    "predictor": Stage(predictor.__doc__ or "", predictor.PredictorRecipe, recipes.PREDICTOR, predictor.train),
     "base_autoencoder": Stage(
         base_autoencoder.__doc__ or "",
         base_autoencoder.BaseAutoencoderRecipe,

@@ -18,6 +18,7 @@ from davae_core.checkpoints.diffusers_names import transformer_rules
 from davae_core.checkpoints.names import from_native
 from davae_core.history import History, identity
 from davae_core.mmdit import MMDiT, MMDiTConfig
+from davae_core.predictor import DetailPredictor, PredictorConfig
 
 from ..untrained import Family
 
@@ -43,6 +44,8 @@ def make(folder: Path) -> None:
     checkpoints.save_adapter(folder / "adapter.safetensors", adapter, history=told)
     checkpoints.save_merged(folder / "merged.safetensors", replace(FAMILY.merged(), history=told))
     checkpoints.save_text_encoder(folder / "text_encoder.safetensors", FAMILY.text_encoder())
+    predictor = DetailPredictor(PredictorConfig(FAMILY.latent, width=64, blocks=2)).half()
+    checkpoints.save_predictor(folder / "predictor.safetensors", predictor, history=told)
     files.save(folder / "base.safetensors", model.state_dict(), {"modelspec.title": "base"})
     vae = Autoencoder(FAMILY.base).half()
     files.save(folder / "vae.safetensors", vae.state_dict(), {"davae.base": "sd3"})

@@ -117,6 +117,15 @@ def _text_encoder(path: Path, _: Path, __: Path) -> None:
     _finite({"context": context, "pooled": pooled})
 
 
+def _predictor(path: Path, _: Path, __: Path) -> None:
+    model = checkpoints.load_predictor(path, torch.float32)
+    _latent(model.latent)
+    _finite(model.state_dict())
+    z = model.complete(torch.zeros(1, model.latent.base_channels, 2, 2))
+    if z.shape != (1, model.latent.channels, 2, 2):
+        raise WrongError(f"a latent of shape {list(z.shape)}")
+
+
 def _inspect(path: Path, _: Path, __: Path) -> None:
     inspect.text(inspect.describe(path))
 
@@ -171,6 +180,7 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("load adapter", "adapter.safetensors", ITSELF, _adapter),
     Subject("load merged", "merged.safetensors", ITSELF, _merged),
     Subject("load text encoder", "text_encoder.safetensors", ITSELF, _text_encoder),
+    Subject("load predictor", "predictor.safetensors", ITSELF, _predictor),
     Subject("inspect", "autoencoder.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "adapter.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "whole.safetensors", ITSELF, _inspect, True),

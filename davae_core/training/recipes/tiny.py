@@ -13,7 +13,7 @@ from ..data.config import DataConfig
 from ..objective import ReconstructionConfig
 from ..places import SIZES, folder
 from ..run.config import OptimiserConfig, RunConfig
-from ..tasks import adapter, autoencoder, base_autoencoder, base_dit
+from ..tasks import adapter, autoencoder, base_autoencoder, base_dit, predictor
 
 # 64 at least: with 32, each of the 32 norm groups is one channel, and colours get lost.
 BASE = AutoencoderConfig(widths=(64, 64, 64, 64), blocks=1)
@@ -133,6 +133,32 @@ def finished_adapter_recipe(size: str) -> adapter.AdapterRecipe:
     )
 
 
+def predictor_recipe(size: str) -> predictor.PredictorRecipe:
+    """The predictor of the detail, on all images but the held-out ones, by the latents alone."""
+    return predictor.PredictorRecipe(
+        data=DataConfig(_images(size, "train", "other"), size=SIZES[size], workers=0, cache=True),
+        run=RunConfig(folder(size, "predictor"), steps=2500, batch=64),
+        autoencoder=folder(size, "autoencoder_robust") / tiny.AUTOENCODER,
+        optimiser=OptimiserConfig(lr=1e-3, schedule="cosine", ema=0.999),
+        losses=ReconstructionConfig(l1=0.0, perceptual=0.0, kl=0.0),
+        width=128,
+        keep_latents=True,
+    )
+
+
+def finished_predictor_recipe(size: str) -> predictor.PredictorRecipe:
+    """The same predictor, trained on by the pictures that the decoder makes of what it predicts."""
+    first = predictor_recipe(size)
+    return replace(
+        first,
+        run=RunConfig(folder(size, "predictor_finish"), steps=1500, batch=4),
+        start=folder(size, "predictor") / tiny.PREDICTOR,
+        optimiser=replace(first.optimiser, lr=3e-4, ema=0.99),
+        losses=ReconstructionConfig(l1=1.0, l2=4.0, perceptual=1.0, network="st-lpips-alex", kl=0.0),
+        latent=0.1,
+    )
+
+
 _ABOUT = {"micro": "64 px base, 128 px images, 16 tokens", "tiny": "128 px base, 256 px images, 64 tokens"}
 
 BASE_AUTOENCODER = {size: (about, base_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
@@ -143,3 +169,5 @@ AUTOENCODER |= {f"{size}-sharpen": (about, sharpened_autoencoder_recipe(size)) f
 AUTOENCODER |= {f"{size}-robust": (about, robust_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER = {size: (about, adapter_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER |= {f"{size}-finish": (about, finished_adapter_recipe(size)) for size, about in _ABOUT.items()}
+PREDICTOR = {size: (about, predictor_recipe(size)) for size, about in _ABOUT.items()}
+PREDICTOR |= {f"{size}-finish": (about, finished_predictor_recipe(size)) for size, about in _ABOUT.items()}
