@@ -176,13 +176,8 @@ def _install(comfyui: ComfyUI, python: Path, say: Say) -> None:
 
 
 def pip(python: Path, *arguments: str) -> None:
-    """Runs `pip install`; raises SetupError with pip's last words and what they usually mean.
-
-    Python compiles a module when it is first imported: compiling all that are installed takes longer than the rest, and
-    most are never used.
-    """
-    options = ["--disable-pip-version-check", "--quiet", "--no-compile"]
-    command = [str(python), "-m", "pip", "install", *options, *arguments]
+    """Runs `pip install`; raises SetupError with pip's last words and what they usually mean."""
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode == 0:
         return
