@@ -25,7 +25,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that a training has left on its way: and at which step."""
+    """A file that a training has left on its way, and at which step."""
 
     step: int
     path: Path

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import DAVAEError
 from . import state as states
-from .config import RunConfig, differences
+from .config import RunConfig, differences, without_folders
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ def changes(
             f"{'; '.join(refused.values())}. Use the old settings, or another folder (--run.out), or name what you "
             f"change on purpose: --run.resume --run.change {' '.join([*run.change, *refused])}"
         )
-    return tuple(f"from step {saved.step} on, {line}" for line in lines.values())
+    short = differences(without_folders(saved.recipe), without_folders(recipe))  # these lines go into the files
+    told = [line if name in known else short.get(name, f"{name}: elsewhere") for name, line in lines.items()]
+    return tuple(f"from step {saved.step} on, {line}" for line in told)
 
 
 def _covered(name: str, allowed: Iterable[str]) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from davae_core import checkpoints, tiny
+from davae_core.checkpoints import files, metadata
 from davae_core.errors import DAVAEError
 from davae_core.training import stages as entry
 from davae_core.training.run import state
@@ -31,8 +32,6 @@ def test_it_learns_the_detail_that_the_base_tells(stages: Any, tmp_path: Path) -
 
 
 def test_a_file_tells_which_davae_it_is_for(stages: Any, tmp_path: Path) -> None:
-    from davae_core.checkpoints import files, metadata
-
     assert run(stages, tmp_path, 1) == 0
     history = metadata.history_of(files.read_metadata(tmp_path / tiny.PREDICTOR)[1], tiny.PREDICTOR)
     assert history is not None and history.of["davae"].name == tiny.AUTOENCODER and history.of["davae"].values

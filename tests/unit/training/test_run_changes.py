@@ -12,8 +12,8 @@ from davae_core.checkpoints import files, metadata
 from davae_core.errors import DAVAEError
 from davae_core.training import export
 from davae_core.training.recipes import ADAPTER, AUTOENCODER
-from davae_core.training.run import loop, origins, precision, recorded, state
-from davae_core.training.run.config import OptimiserConfig
+from davae_core.training.run import loop, origins, precision, recorded, resume, state
+from davae_core.training.run.config import OptimiserConfig, RunConfig
 from harness import toy_run
 from harness.toy_run import FILE
 
@@ -67,6 +67,16 @@ def test_a_change_of_nothing_or_without_resume_is_named(images: Path, out: Path,
         train(images, out, base=base, resume=True, change=("optimizer.lr",))
     with pytest.raises(DAVAEError, match=r"--run\.change names what differs.*give --run\.resume"):
         train(images, tmp_path / "new", base=base, change=("optimiser.lr",))
+
+
+def test_a_change_of_a_folder_is_noted_by_its_name(out: Path) -> None:
+    """Changes go into the files that are exported."""
+    saved = state.load(out)
+    saved.recipe["latents"], now = None, {**saved.recipe, "latents": "/home/me/latents", "text_encoder": "/a/t.sft"}
+    saved.recipe["text_encoder"] = "/b/t.sft"
+    run = RunConfig(out, resume=True, change=("latents", "text_encoder"))
+    told = resume.changes(saved, now, saved.about.origins, run)
+    assert set(told) == {"from step 4 on, latents: was None, is 'latents'", "from step 4 on, text_encoder: elsewhere"}
 
 
 def test_an_average_may_begin_and_end_on_the_way(images: Path, out: Path, base: Path) -> None:
