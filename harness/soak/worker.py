@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import memory
 from davae_core.errors import DAVAEError
 
 from . import damage, outcomes
@@ -69,27 +70,17 @@ def _inside(copy: Path) -> list[str]:
     return [file.name for file in copy.rglob("*")] if copy.is_dir() else []
 
 
-def peak_bytes(reset: bool = False) -> int:
-    """The most memory this process had since it was last reset; 0 where the system cannot tell."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return 0
-
-
 def one(seed: int, number: int, originals: Path, place: Path) -> list:
     """``[number, outcome, subject, damage, words]``."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     subject, copy, words, size = spoil(seed, number, originals, place)
-    before = peak_bytes(reset=True)
+    memory.forget_peak()
+    before, _ = memory.resident()
     start = time.process_time()
     outcome, said = read(subject, copy, place, originals, words)
     seconds = time.process_time() - start  # of this process alone: another may take its turn
-    grown = peak_bytes() - before
+    grown = memory.resident()[1] - before
     if outcome in (outcomes.READ, outcomes.REFUSED, outcomes.NAMELESS):
         if seconds > MOST_SECONDS:
             outcome, said = outcomes.HANG, f"{seconds:.1f} s; {said}"

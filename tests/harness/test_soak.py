@@ -77,6 +77,7 @@ def test_what_may_not_be_accepted_is_wrong(good: Path, tmp_path: Path) -> None:
 
 def test_time_and_memory_are_measured(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: Path) -> None:
+        end = worker.time.process_time() + 2.1
         while sum(range(1000)) and worker.time.process_time() < end:
             pass
 
@@ -86,7 +87,6 @@ def test_time_and_memory_are_measured(good: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(worker.damage, "of", lambda _: [lambda *_: "nothing"])
     for read, outcome in ((slow, outcomes.HANG), (large, outcomes.MEMORY)):
         monkeypatch.setattr(worker, "TURNS", (Subject("x", "adapter.safetensors", ITSELF, read),))
-        end = worker.time.process_time() + 2.1
         assert worker.one(0, 0, good, tmp_path / "place")[1] == outcome
 
 
