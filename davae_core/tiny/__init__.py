@@ -7,6 +7,7 @@ TEXT_ENCODER = "davae_tiny_text_encoder.safetensors"
 BASE_AUTOENCODER = "base_autoencoder.safetensors"
 AUTOENCODER = "davae_tiny_autoencoder.safetensors"
 PREDICTOR = "davae_tiny_predictor.safetensors"
+DECODER = "davae_tiny_decoder.safetensors"
 ADAPTER = "davae_tiny_adapter.safetensors"
 
 # Metadata of the model file: the colours of its latent, as in LatentSpec.preview.

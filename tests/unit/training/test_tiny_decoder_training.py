@@ -1,0 +1,103 @@
+"""The tiny decoder's stage: what it learns, what it leaves, and that only the tiny decoder is trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from davae_core import checkpoints, tiny
+from davae_core.checkpoints import files, metadata
+from davae_core.errors import DAVAEError
+from davae_core.training import stages as entry
+from davae_core.training.run import state
+
+
+def run(stages: Any, out: Path, steps: int, *more: str) -> int:
+    """Train on the toy pictures, in this process."""
+    common = f"micro --data.images {stages.images} --data.size 32 --run.out {out} --run.steps {steps} --run.batch 4"
+    common += " --run.log-every 1 --run.sample-every 0 --optimiser.warmup 0 --optimiser.ema 0 --losses.perceptual 0"
+    given = f"--widths 8 8 8 8 8 --autoencoder {stages.file('autoencoder')} --run.precision fp32"
+    return entry.run("tiny_decoder", [*common.split(), *given.split(), *more])
+
+
+def test_it_learns_the_joint_decoders_pictures(stages: Any, tmp_path: Path) -> None:
+    assert run(stages, tmp_path, 60, "--optimiser.lr", "5e-3") == 0
+    losses = stages.curves(tmp_path)["tiny_decoder/l2"]
+    assert losses[60] < 0.5 * losses[1]
+    decoder = checkpoints.load_tiny_decoder(tmp_path / tiny.DECODER)
+    davae = checkpoints.load_autoencoder(stages.file("autoencoder"), torch.float32)
+    assert decoder.latent == davae.latent and decoder.config.widths == (8,) * 5
+    assert decoder.decode(torch.randn(1, 32, 2, 2)).shape == (1, 3, 32, 32)
+
+
+def test_the_picture_to_learn_is_that_of_the_same_latent(stages: Any, tmp_path: Path) -> None:
+    """Noised and faded alike: with the joint decoder's own picture there would be no loss at any noise."""
+    from davae_core.training.objective import Reconstruction
+    from davae_core.training.tasks.tiny_decoder import TinyDecoderPhase
+
+    davae = checkpoints.load_autoencoder(stages.file("autoencoder"), torch.float32)
+    _, recipe = entry.STAGES["tiny_decoder"].recipes["micro"]
+    losses = entry.recipes.TINY_DECODER["micro"][1].losses
+    loss = Reconstruction(type(losses)(l1=1.0, perceptual=0.0))
+
+    class Joint(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[torch.Tensor] = []
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            self.seen.append(z)
+            return davae.decode(davae.latent.denormalise(z)).clamp(-1, 1)
+
+    joint = Joint()
+    phase = TinyDecoderPhase(joint, davae, recipe, loss)  # type: ignore[arg-type]
+    batch = {"image": torch.rand(8, 3, 32, 32) * 2 - 1, "position": torch.arange(8)}
+    assert phase(batch, 3)["loss"] < 1e-4
+    phase(batch, 4)
+    clean = davae.latent.normalise(davae.encode(batch["image"]))
+    for z in joint.seen:
+        levels = (z - clean).std((1, 2, 3))
+        assert len(set(levels.tolist())) == 8 and levels.max() < 2
+    assert not torch.allclose(*joint.seen)
+
+
+def test_a_file_tells_which_davae_it_is_for(stages: Any, tmp_path: Path) -> None:
+    assert run(stages, tmp_path, 1) == 0
+    history = metadata.history_of(files.read_metadata(tmp_path / tiny.DECODER)[1], tiny.DECODER)
+    assert history is not None and history.of["davae"].name == tiny.AUTOENCODER and history.of["davae"].values
+
+
+def test_nothing_but_the_tiny_decoder_is_trained(stages: Any, tmp_path: Path) -> None:
+    assert run(stages, tmp_path, 2) == 0
+    names = {name.split("/")[-1] for name in state.load(tmp_path).tensors}
+    layers = {f"model.{name}" for name in checkpoints.load_tiny_decoder(tmp_path / tiny.DECODER).state_dict()}
+    assert layers <= names and not any("joint" in name or "encoder." in name for name in names)
+
+
+def test_a_resumed_run_is_the_run(stages: Any, tmp_path: Path) -> None:
+    constant = ("--optimiser.schedule", "constant")
+    assert run(stages, tmp_path / "cut", 2, *constant) == 0
+    assert run(stages, tmp_path / "whole", 4, *constant) == 0
+    assert run(stages, tmp_path / "cut", 4, *constant, "--run.resume") == 0
+    one, two = (state.load(tmp_path / name).tensors for name in ("whole", "cut"))
+    assert one and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_it_goes_on_from_a_tiny_decoder(stages: Any, tmp_path: Path) -> None:
+    assert run(stages, tmp_path / "first", 2) == 0
+    start = tmp_path / "first" / tiny.DECODER
+    assert run(stages, tmp_path / "more", 1, "--start", str(start), "--optimiser.lr", "0") == 0
+    one, two = (checkpoints.load_tiny_decoder(p) for p in (start, tmp_path / "more" / tiny.DECODER))
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor)
+    with pytest.raises(DAVAEError, match=r"--start.*widths \(8, 8, 8, 8, 8\).*--widths"):
+        run(stages, tmp_path / "wide", 1, "--start", str(start), "--widths", "9", "8", "8", "8", "8")
+
+
+def test_it_is_measured_against_the_joint_decoder(stages: Any, tmp_path: Path) -> None:
+    assert run(stages, tmp_path, 1, "--data.held-out", "25%") == 0
+    lines = (tmp_path / "validation.jsonl").read_text("utf-8").splitlines()
+    told = json.loads(lines[-1])
+    assert told["to_joint/psnr"] > 0 and told["time_of_joint"] > 0
