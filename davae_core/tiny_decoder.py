@@ -23,6 +23,7 @@ from .shapes import dims
 
 BLOCKS = 3  # at each resolution below the full one
 MOST_ENLARGEMENTS = 6
+MARGIN = 1.1  # for what fragmentation and the kernels themselves take
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,7 @@ class TinyDecoder(nn.Sequential):
 
     def decode(self, z: torch.Tensor, detail_strength: float = 1.0) -> torch.Tensor:
         """The same of a latent in the autoencoder's units, like :meth:`davae_core.davae.DAVAE.decode`."""
-        base, detail = self.latent.split(z)
-        return self(self.latent.normalise(torch.cat([base, detail * detail_strength], dim=1)))
+        return self(self._normalised(z, detail_strength))
 
     def decode_tiled(
         self,
@@ -163,18 +163,63 @@ class TinyDecoder(nn.Sequential):
         rows: int = 512,
         on_strip: Callable[[], None] | None = None,
     ) -> torch.Tensor:
-        """:meth:`decode` in strips of about ``rows`` image rows: the same image in less memory."""
+        """:meth:`decode` in strips of ``rows`` image rows: the same image in less memory."""
+        return self.tiled(self._normalised(z, detail_strength), rows, on_strip)
+
+    def tiled(self, z: torch.Tensor, rows: int = 512, on_strip: Callable[[], None] | None = None) -> torch.Tensor:
+        """:meth:`forward` in strips of ``rows`` image rows."""
         self.latent.check(z)
         factor, height = self.latent.factor, z.shape[2]
         step, around = max(1, rows // factor), reach(len(self.config.widths) - 1)
         strips = []
         for top in range(0, height, step):
             first, last = max(0, top - around), min(height, top + step + around)
-            strip = self.decode(z[:, :, first:last], detail_strength)
+            strip = self(z[:, :, first:last])
             strips.append(strip[:, :, (top - first) * factor : (min(top + step, height) - first) * factor].clone())
             if on_strip is not None:
                 on_strip()
         return torch.cat(strips, dim=2)
+
+    def _normalised(self, z: torch.Tensor, detail_strength: float) -> torch.Tensor:
+        """From the autoencoder's units to the diffusion model's, with the detail weakened."""
+        base, detail = self.latent.split(z)
+        return self.latent.normalise(torch.cat([base, detail * detail_strength], dim=1))
+
+
+def decode_bytes(config: TinyDecoderConfig, height: int, width: int, itemsize: int, rows: int | None = None) -> int:
+    """Peak bytes of decoding one image, besides the weights.
+
+    Args:
+        config: of the decoder.
+        height, width: of the image, in pixels.
+        itemsize: bytes of a number.
+        rows: image rows of a strip; None for the whole image at once.
+    """
+    widths = config.widths
+    held = max(  # a block's input and two activations of it; or what is enlarged, and the convolution of that
+        max(3 * own, above + own) / 4**i for i, (own, above) in enumerate(zip(widths[::-1], (*widths[-2::-1], 0)))
+    )
+    if rows is None:
+        return round(MARGIN * held * height * width * itemsize)
+    at_once = min(height, rows + 2 * reach(len(widths) - 1) * config.latent.factor)
+    most = max(held * at_once + 3 * height, 6 * height)  # a strip beside the finished ones; these, and joined
+    return round(MARGIN * most * width * itemsize)
+
+
+def mismatch(one: LatentSpec, other: LatentSpec) -> str:
+    """Why a decoder of latents ``one`` does not decode latents ``other``, as the end of a sentence; "" where it does.
+
+    The DA-VAE is known again by the statistics of its detail.
+    """
+    if (one.channels, one.base_channels, one.factor) != (other.channels, other.base_channels, other.factor):
+        return (
+            f"decodes latents of {one.base_channels} + {one.detail_channels} channels at 1/{one.factor}, but these "
+            f"have {other.base_channels} + {other.detail_channels} at 1/{other.factor}"
+        )
+    z = torch.stack([torch.zeros(1, one.channels, 1, 1), torch.ones(1, one.channels, 1, 1)])
+    if all(torch.allclose(one.normalise(each), other.normalise(each), rtol=1e-3, atol=1e-3) for each in z):
+        return ""
+    return "was made for another DA-VAE: the units of its latents, or the statistics of their detail, are others"
 
 
 def reach(enlargements: int) -> int:

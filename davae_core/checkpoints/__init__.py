@@ -16,6 +16,7 @@ from .native import (
     save_predictor,
     save_text_encoder,
     save_tiny_decoder,
+    tiny_decoder_config,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "save_predictor",
     "save_text_encoder",
     "save_tiny_decoder",
+    "tiny_decoder_config",
 ]

@@ -148,15 +148,21 @@ def save_tiny_decoder(
     files.save(path, model.state_dict(), info)
 
 
+def tiny_decoder_config(path: PathLike) -> TinyDecoderConfig:
+    """What a tiny decoder decodes, and its shape; no tensor is read. Raises as :func:`load_autoencoder` does."""
+    meta, info, name = _header(path, "tiny_decoder")
+    latent, _ = metadata.latent_of(metadata.parse(info, "tiny_decoder", name), name)
+    with files.naming(name):
+        return TinyDecoderConfig.from_state_dict(meta, latent)
+
+
 def load_tiny_decoder(path: PathLike, dtype: torch.dtype | None = None) -> TinyDecoder:
     """Read a tiny decoder; arguments and errors as for :func:`load_autoencoder`."""
     meta, info, name = _header(path, "tiny_decoder")
-    latent, _ = metadata.latent_of(metadata.parse(info, "tiny_decoder", name), name)
     metadata.history_of(info, name)
-    with files.naming(name):
-        config = TinyDecoderConfig.from_state_dict(meta, latent)
-        with torch.device("meta"):
-            model = TinyDecoder(config)
+    config = tiny_decoder_config(path)
+    with torch.device("meta"):
+        model = TinyDecoder(config)
     layout.check(meta, model, name)
     model.load_state_dict(_tensors(path, info), assign=True)
     return model.to(dtype).eval() if dtype else model.eval()

@@ -16,4 +16,4 @@ PREVIEW = "davae.preview"
 _HERE = Path(__file__).parent
 
 # ComfyUI's model kinds, and the folder here that holds files of each.
-FOLDERS = {kind: _HERE / kind for kind in ("diffusion_models", "text_encoders", "vae", "loras")}
+FOLDERS = {kind: _HERE / kind for kind in ("diffusion_models", "text_encoders", "vae", "loras", "vae_approx")}

@@ -8,21 +8,28 @@ from .kept import adapted
 from .latent_format import require_channels
 from .masking import keep_base
 from .merged import load_merged
+from .previews import install_previews
 from .rebuild import apply_adapter
 from .sampling import Settings, latent_spec, sample, sampler_names, scheduler_names
 from .tiny import load_tiny, tiny_stamp
+from .tiny_decoder import FOLDER as DECODERS
+from .tiny_decoder import decode_fast, decoder_names
 from .versions import empty, node_schema
 
 __all__ = [
+    "DECODERS",
     "AutoencoderHandle",
     "ModelPatcher",
     "Settings",
     "adapted",
     "apply_adapter",
     "check_file",
+    "decode_fast",
+    "decoder_names",
     "empty",
     "file_names",
     "file_stamp",
+    "install_previews",
     "keep_base",
     "latent_spec",
     "load_autoencoder",

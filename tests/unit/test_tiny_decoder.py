@@ -1,6 +1,7 @@
 """The tiny decoder: the layout it has in common with TAESD, sizes, units, strips, files."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from davae_core.checkpoints.detect import detect
 from davae_core.davae import DAVAE
 from davae_core.errors import CheckpointError, DAVAEError, LatentError
 from davae_core.latent import LatentSpec
-from davae_core.tiny_decoder import TinyDecoder, TinyDecoderConfig, reach, shape_of
+from davae_core.tiny_decoder import TinyDecoder, TinyDecoderConfig, decode_bytes, mismatch, reach, shape_of
 
 UNITS = LatentSpec(detail_mean=(0.3,) * 16, detail_std=tuple(0.5 + 0.1 * i for i in range(16)))
 WIDTHS = (12, 8, 8, 8, 4)
@@ -89,6 +90,32 @@ def test_what_is_no_davae_latent_is_named(decoder: TinyDecoder, shape: tuple[int
     for decode in (decoder, decoder.decode, decoder.decode_tiled):
         with pytest.raises(LatentError, match="latent has shape"):
             decode(torch.zeros(shape))
+
+
+def test_it_is_known_which_davae_a_decoder_is_of() -> None:
+    assert mismatch(UNITS, UNITS) == mismatch(UNITS, replace(UNITS, preview=(0.5,) * 51)) == ""
+    assert mismatch(UNITS, replace(UNITS, detail_mean=tuple(m + 1e-6 for m in UNITS.detail_mean))) == ""
+    for other in (LatentSpec(), replace(UNITS, detail_mean=(0.4,) * 16), replace(UNITS, base_scale=0.3611)):
+        assert "another DA-VAE" in mismatch(UNITS, other) and "another DA-VAE" in mismatch(other, UNITS)
+    assert "16 + 16 channels at 1/16, but these have 16 + 32 at 1/16" in mismatch(UNITS, LatentSpec(detail_channels=32))
+    assert "16 + 16 at 1/32" in mismatch(UNITS, replace(UNITS, scale=4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("widths", [(64,) * 5, (48, 32, 24, 16, 16)])
+@pytest.mark.parametrize(("height", "rows"), [(512, None), (2048, None), (2048, 64), (4096, 512)])
+def test_the_memory_that_is_asked_for_is_what_is_counted_or_a_quarter_more(
+    peak: Callable[[Callable[[], object]], int],
+    dtype: torch.dtype,
+    widths: tuple[int, ...],
+    height: int,
+    rows: int | None,
+) -> None:
+    with torch.device("meta"):
+        model = TinyDecoder(TinyDecoderConfig(UNITS, widths)).to(dtype)
+        z = torch.empty(1, 32, height // 16, 32, dtype=dtype)
+    counted = peak(lambda: model.decode(z) if rows is None else model.decode_tiled(z, rows=rows))
+    assert 1 <= decode_bytes(model.config, height, 512, dtype.itemsize, rows) / counted <= 1.25
 
 
 @pytest.mark.parametrize("widths", [(8, 8, 8, 8), (8,), (8, 8, 8, 8, 0)])

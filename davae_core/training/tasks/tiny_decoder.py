@@ -20,7 +20,7 @@ from ...history import History, Identity, Role, identity
 from ...images import tile
 from ...metrics import psnr
 from ...perceptual import PerceptualDistance
-from ...tiny_decoder import TinyDecoder, TinyDecoderConfig
+from ...tiny_decoder import TinyDecoder, TinyDecoderConfig, mismatch
 from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..data.latents import LatentCache
@@ -205,11 +205,9 @@ def check_continues(start: TinyDecoderConfig, wanted: TinyDecoderConfig) -> None
             f"the tiny decoder to start from (--start) has widths {start.widths}, expected {wanted.widths}; give its "
             "--widths"
         )
-    here, there = (torch.tensor(config.latent.detail_mean + config.latent.detail_std) for config in (start, wanted))
-    if len(here) != len(there) or not torch.allclose(here, there, rtol=1e-3, atol=1e-4):
+    if words := mismatch(start.latent, wanted.latent):
         raise DAVAEError(
-            "the tiny decoder to start from (--start) is for another DA-VAE: the statistics of its detail differ from "
-            "those of --autoencoder; give the DA-VAE it was trained with"
+            f"the tiny decoder to start from (--start) {words}. Give the DA-VAE it was trained with (--autoencoder)"
         )
 
 
