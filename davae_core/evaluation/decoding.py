@@ -10,7 +10,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from .. import checkpoints, command, images, sizes, tiny
 from ..davae import DAVAE
 from ..errors import DAVAEError
-from ..held_out import reconstruction_errors
+from ..metrics import psnr
 from ..perceptual import PerceptualDistance
 from ..tiny_decoder import TinyDecoder, mismatch
 from . import figures
@@ -52,19 +52,15 @@ def compare(
     davae: DAVAE, decoder: TinyDecoder, batches: Iterable[torch.Tensor], metrics: Sequence[PerceptualDistance]
 ) -> dict[str, dict[str, float]]:
     """Mean PSNR and mean perceptual distances over all images, for each of :data:`TITLES`."""
-    sums: dict[str, dict[str, float]] = {name: {} for name in TITLES}
-    count = 0
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in TITLES}
     for x in batches:
         joint, small = decode(davae, decoder, x)
-        to_image = reconstruction_errors(
-            [x], lambda _, j=joint, s=small: {"joint_to_image": j, "tiny_to_image": s}, metrics
-        )
-        to_joint = reconstruction_errors([joint], lambda _, s=small: {"tiny_to_joint": s}, metrics)
-        count += len(x)
-        for kind, told in (to_image | to_joint).items():
-            for name, value in told.items():
-                sums[kind][name] = sums[kind].get(name, 0.0) + value * len(x)
-    return {kind: {name: value / count for name, value in told.items()} for kind, told in sums.items()}
+        for name, (one, other) in zip(TITLES, ((small, joint), (small, x), (joint, x)), strict=True):
+            told = values[name]
+            told.setdefault("psnr", []).extend(psnr(one, other).tolist())
+            for metric in metrics:
+                told.setdefault(metric.name, []).extend(metric(one, other).tolist())
+    return {name: {figure: fmean(some) for figure, some in told.items()} for name, told in values.items()}
 
 
 @torch.no_grad()
