@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointError, DAVAEError
+from .history import History
 from .latent import LatentSpec
 from .shapes import dims
 
@@ -116,7 +117,12 @@ class TinyDecoder(nn.Sequential):
 
     Args:
         config: its shape, and the latent that it decodes.
+
+    Attributes:
+        history: how it was trained, where its file tells.
     """
+
+    history: History | None = None
 
     def __init__(self, config: TinyDecoderConfig) -> None:
         widths = config.widths

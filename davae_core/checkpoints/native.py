@@ -122,7 +122,7 @@ def load_predictor(path: PathLike, dtype: torch.dtype | None = None) -> DetailPr
     """Read a detail predictor; arguments and errors as for :func:`load_autoencoder`."""
     meta, info, name = _header(path, "predictor")
     latent, _ = metadata.latent_of(metadata.parse(info, "predictor", name), name)
-    metadata.history_of(info, name)
+    history = metadata.history_of(info, name)
     with files.naming(name):
         config = PredictorConfig.from_state_dict(meta)
         _agree(config.latent, latent, ("base_channels", "detail_channels"))
@@ -130,6 +130,7 @@ def load_predictor(path: PathLike, dtype: torch.dtype | None = None) -> DetailPr
             model = DetailPredictor(replace(config, latent=latent))
     layout.check(meta, model, name)
     model.load_state_dict(_tensors(path, info), assign=True)
+    model.history = history
     return model.to(dtype).eval() if dtype else model.eval()
 
 
@@ -159,10 +160,9 @@ def tiny_decoder_config(path: PathLike) -> TinyDecoderConfig:
 def load_tiny_decoder(path: PathLike, dtype: torch.dtype | None = None) -> TinyDecoder:
     """Read a tiny decoder; arguments and errors as for :func:`load_autoencoder`."""
     meta, info, name = _header(path, "tiny_decoder")
-    metadata.history_of(info, name)
-    config = tiny_decoder_config(path)
     with torch.device("meta"):
-        model = TinyDecoder(config)
+        model = TinyDecoder(tiny_decoder_config(path))
+    model.history = metadata.history_of(info, name)
     layout.check(meta, model, name)
     model.load_state_dict(_tensors(path, info), assign=True)
     return model.to(dtype).eval() if dtype else model.eval()

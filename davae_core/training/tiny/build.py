@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, nine trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, eleven trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -31,6 +31,8 @@ TRAININGS = {
     "tiny_decoder": ("tiny_decoder", "", tiny.DECODER),
     "adapter": ("adapter", "", tiny.ADAPTER),
     "adapter_finish": ("adapter", "-finish", tiny.ADAPTER),
+    "predictor": ("predictor", "", tiny.PREDICTOR),
+    "predictor_finish": ("predictor", "-finish", tiny.PREDICTOR),
 }
 
 

@@ -23,7 +23,8 @@ from ..stages import STAGES
 AUTHOR = "DA-VAE node pack"
 LICENCE = "Apache-2.0; trained on Fluent Emoji (MIT), Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0)"
 LIMIT = 40 * 2**20
-_STAGES = ("base_dit", "autoencoder_robust", "adapter_finish", "tiny_decoder")
+# The trainings whose files ship.
+LAST = ("base_dit", "autoencoder_robust", "adapter_finish", "predictor_finish", "tiny_decoder")
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,24 @@ class InstallConfig:
     size: Literal["micro", "tiny"] = "tiny"
     """Of the family, trained into output/tiny/SIZE."""
     into: Path = Path(tiny.__file__).parent
-    """Folder with the folders diffusion_models, text_encoders, vae, loras and vae_approx."""
+    """Folder with a folder for each kind of model."""
 
 
 def install(config: InstallConfig) -> list[Path]:
-    """Write the five files in fp16; returns their paths.
+    """Write the files in fp16, one of each kind; returns their paths.
 
     Raises:
         CheckpointError: a stage of this size has not finished.
     """
-    stage = {name: folder(config.size, name) for name in _STAGES}
+    stage = {name: folder(config.size, name) for name in LAST}
     state, _ = files.read(stage["base_dit"] / tiny.MODEL)
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
     trained = stage["autoencoder_robust"] / tiny.AUTOENCODER
     davae = checkpoints.load_autoencoder(trained, torch.float32)
     history = metadata.history_of(files.read_metadata(trained)[1], trained.name)
     adapter = checkpoints.load_adapter(stage["adapter_finish"] / tiny.ADAPTER)
+    predictor = checkpoints.load_predictor(stage["predictor_finish"] / tiny.PREDICTOR)
     decoder = checkpoints.load_tiny_decoder(stage["tiny_decoder"] / tiny.DECODER)
-    learned = metadata.history_of(files.read_metadata(stage["tiny_decoder"] / tiny.DECODER)[1], tiny.DECODER)
     told = STAGES["adapter"].recipes[config.size][1].recommended  # chosen by what the trained family draws
     preview = preview_of(davae, folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))
@@ -66,6 +67,7 @@ def install(config: InstallConfig) -> list[Path]:
         out["text_encoders"] / tiny.TEXT_ENCODER,
         out["vae"] / tiny.AUTOENCODER,
         out["loras"] / tiny.ADAPTER,
+        out["latent_upscale_models"] / tiny.PREDICTOR,
         out["vae_approx"] / tiny.DECODER,
     ]
     by: dict[str, Any] = {"author": AUTHOR, "licence": LICENCE}
@@ -75,7 +77,10 @@ def install(config: InstallConfig) -> list[Path]:
     checkpoints.save_text_encoder(paths[1], encoder.half(), title="Tiny text encoder", **by)
     checkpoints.save_autoencoder(paths[2], davae.half(), told, title="Tiny DA-VAE", history=history, **by)
     checkpoints.save_adapter(paths[3], half, title="Tiny DA-VAE adapter", **by)
-    checkpoints.save_tiny_decoder(paths[4], decoder.half(), title="Tiny DA-VAE tiny decoder", history=learned, **by)
+    checkpoints.save_predictor(
+        paths[4], predictor.half(), title="Tiny detail predictor", history=predictor.history, **by
+    )
+    checkpoints.save_tiny_decoder(paths[5], decoder.half(), title="Tiny decoder", history=decoder.history, **by)
     for path in paths:
         print(f"{path.stat().st_size / 2**20:6.2f} MiB  {path}")
     total = sum(path.stat().st_size for path in paths)

@@ -60,14 +60,17 @@ def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     davae, finish = recipes.autoencoder_recipe(size), recipes.finished_autoencoder_recipe(size)
     sharpen, robust = recipes.sharpened_autoencoder_recipe(size), recipes.robust_autoencoder_recipe(size)
     last = recipes.finished_adapter_recipe(size)
+    predictor, end = recipes.predictor_recipe(size), recipes.finished_predictor_recipe(size)
     model, adapter = recipes.base_dit_recipe(size), recipes.adapter_recipe(size)
     left = {recipes.folder(size, stage) / file for stage, (*_, file) in build.TRAININGS.items()}
     left.add(recipes.folder(size, "base_dit") / tiny.MODEL)
     read = {model.autoencoder, davae.base, finish.base, finish.start, sharpen.base, sharpen.start}
     read |= {robust.base, robust.start, adapter.model, adapter.text_encoder, adapter.autoencoder, last.start}
+    read |= {predictor.autoencoder, end.autoencoder, end.start}
     decoder = recipes.tiny_decoder_recipe(size)
     assert decoder.autoencoder == robust.run.out / tiny.AUTOENCODER
-    assert read | {decoder.autoencoder} == left - {last.run.out / tiny.ADAPTER, decoder.run.out / tiny.DECODER}
+    ends = {last.run.out / tiny.ADAPTER, end.run.out / tiny.PREDICTOR, decoder.run.out / tiny.DECODER}
+    assert read == left - ends
     assert (last.model, last.autoencoder) == (adapter.model, adapter.autoencoder)
 
 
@@ -77,6 +80,7 @@ def test_no_recipe_reads_a_held_out_image() -> None:
         recipes.BASE_DIT,
         recipes.AUTOENCODER,
         recipes.ADAPTER,
+        recipes.PREDICTOR,
         recipes.TINY_DECODER,
     ):
         for _, recipe in of_stage.values():
@@ -101,7 +105,7 @@ def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
         assert history is not None and history.steps == 2 and history.of
         assert str(finished.parent) not in str(history.settings)
     assert checkpoints.load_text_encoder(paths[1]).config.vocabulary
-    assert not mismatch(checkpoints.load_tiny_decoder(paths[4]).latent, adapter.config.latent)
+    assert not mismatch(checkpoints.load_tiny_decoder(paths[5]).latent, adapter.config.latent)
 
 
 def test_a_family_without_all_stages_is_not_installed(finished: Path) -> None:
@@ -117,7 +121,7 @@ def test_building_a_finished_family_trains_nothing(
     asked = []
     monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == 9
+    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 11
     assert [config.size for config in asked] == [128]
 
 
