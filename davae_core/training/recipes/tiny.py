@@ -162,11 +162,12 @@ def finished_predictor_recipe(size: str) -> predictor.PredictorRecipe:
 def tiny_decoder_recipe(size: str) -> tiny_decoder.TinyDecoderRecipe:
     """The tiny decoder, on all images but the held-out ones: narrow, for the decoder it stands in for is small, too."""
     return tiny_decoder.TinyDecoderRecipe(
-        data=DataConfig(_images(size, "train", "other"), size=SIZES[size], workers=0, cache=True),
-        run=RunConfig(folder(size, "tiny_decoder"), steps=7500, batch=4),
+        data=DataConfig(_images(size, "train", "other"), size=SIZES[size], flip=False, workers=0, cache=True),
+        run=RunConfig(folder(size, "tiny_decoder"), steps=5000, batch=8),
         autoencoder=folder(size, "autoencoder_robust") / tiny.AUTOENCODER,
-        optimiser=OptimiserConfig(lr=1e-3, schedule="cosine", ema=0.998),
+        optimiser=OptimiserConfig(lr=2e-3, schedule="cosine", ema=0.998),
         losses=ReconstructionConfig(l1=1.0, l2=2.0, perceptual=1.5, network="st-lpips-alex", kl=0.0),
+        perceptual_start=3000,
         widths=(48, 32, 24, 16, 16),
         keep_latents=True,
     )

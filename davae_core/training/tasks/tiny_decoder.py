@@ -47,14 +47,16 @@ class TinyDecoderRecipe:
     """Channels at each resolution, from the latent's to the image's; the last ones cost the most time."""
     losses: ReconstructionConfig = ReconstructionConfig(l1=1.0, l2=2.0, perceptual=1.0, kl=0.0)
     """Between the joint decoder's picture and its own."""
+    perceptual_start: int = 0
+    """Step at which the perceptual distance begins to count: before, steps take a small part of the time."""
     latent_noise: float = 0.3
     """Most noise that is added to the latents, in standard deviations; its level is drawn for each sample from 0 to
-    this. Previews show latents that are not those of pictures yet."""
-    detail_faded: float = 0.25
+    this. The picture to learn is that without noise: previews show latents that are not those of pictures yet."""
+    detail_faded: float = 0.1
     """Share of samples whose detail is weakened, by a factor drawn from 0 to 1: early previews, and Detail Decode below
     full strength."""
     keep_latents: bool = False
-    """Keep the latents of all images in memory."""
+    """Keep the latents of all images in memory, and the joint decoder's pictures of them."""
     file: str = tiny.DECODER
     """Name of the file that the run leaves in its folder."""
 
@@ -65,27 +67,37 @@ class TinyDecoderPhase(Phase):
     def __init__(self, model: TinyDecoder, davae: DAVAE, recipe: TinyDecoderRecipe, loss: Reconstruction) -> None:
         super().__init__()
         self.model, self.recipe, self.loss = model, recipe, loss
+        self.pixels = Reconstruction(replace(recipe.losses, perceptual=0.0))
         self._davae = (davae,)  # in a tuple: not a submodule, it is not trained
         self.latents = LatentCache(self.encode, recipe.keep_latents)
+        self.pictures = LatentCache(lambda x: self.decode(self.latents(x)), recipe.keep_latents)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images to latents in the autoencoder's units."""
         (davae,) = self._davae
         return pieces.encode(davae, x).float()
 
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents in the autoencoder's units to the joint decoder's pictures."""
+        (davae,) = self._davae
+        return pieces.decode(davae, z).float().clamp(-1, 1)
+
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
         (davae,), recipe = self._davae, self.recipe
         draws = Draws(recipe.run.seed, step, batch["position"])
-        z, spec = self.latents(batch["image"]), davae.latent
-        base, detail = spec.split(z)
-        fade, strength = (draws.uniform(name).to(z).view(-1, 1, 1, 1) for name in ("fade", "strength"))
-        detail = detail * torch.where(fade < recipe.detail_faded, strength, torch.ones_like(strength))
+        z, wanted, spec = self.latents(batch["image"]), self.pictures(batch["image"]), davae.latent
+        faded = draws.uniform("fade").to(z.device) < recipe.detail_faded
+        if faded.any():
+            base, detail = spec.split(z[faded])
+            strength = draws.uniform("strength").to(z)[faded].view(-1, 1, 1, 1)
+            z, wanted = z.clone(), wanted.clone()
+            z[faded] = torch.cat([base, detail * strength], dim=1)
+            wanted[faded] = self.decode(z[faded])
         level = recipe.latent_noise * draws.uniform("level").to(z).view(-1, 1, 1, 1)
-        z = spec.normalise(torch.cat([base, detail], dim=1)) + level * draws.normal("noise", z)
-        with torch.no_grad():
-            wanted = pieces.decode(davae, spec.denormalise(z)).float().clamp(-1, 1)
-        return self.loss(wanted, self.model(z))
+        y = self.model(spec.normalise(z) + level * draws.normal("noise", z))
+        return (self.loss if step >= recipe.perceptual_start else self.pixels)(wanted, y)
 
 
 @dataclass

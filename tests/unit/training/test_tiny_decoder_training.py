@@ -1,6 +1,7 @@
 """The tiny decoder's stage: what it learns, what it leaves, and that only the tiny decoder is trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 
 from davae_core import checkpoints, tiny
 from davae_core.checkpoints import files, metadata
+from davae_core.davae import DAVAE
 from davae_core.errors import DAVAEError
 from davae_core.training import stages as entry
+from davae_core.training.objective import Reconstruction
 from davae_core.training.run import state
+from davae_core.training.tasks.tiny_decoder import TinyDecoderPhase
 
 
 def run(stages: Any, out: Path, steps: int, *more: str) -> int:
@@ -32,35 +36,63 @@ def test_it_learns_the_joint_decoders_pictures(stages: Any, tmp_path: Path) -> N
     assert decoder.decode(torch.randn(1, 32, 2, 2)).shape == (1, 3, 32, 32)
 
 
-def test_the_picture_to_learn_is_that_of_the_same_latent(stages: Any, tmp_path: Path) -> None:
-    """Noised and faded alike: with the joint decoder's own picture there would be no loss at any noise."""
-    from davae_core.training.objective import Reconstruction
-    from davae_core.training.tasks.tiny_decoder import TinyDecoderPhase
+class Joint(torch.nn.Module):
+    """The joint decoder in the tiny one's place; remembers what it was given."""
 
+    def __init__(self, davae: DAVAE) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+        self._davae = (davae,)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        (davae,) = self._davae
+        self.seen.append(z)
+        return davae.decode(davae.latent.denormalise(z)).clamp(-1, 1)
+
+
+def phase_of(stages: Any, **changes: Any) -> tuple[TinyDecoderPhase, Joint]:
+    """The phase with these settings, around the joint decoder itself."""
     davae = checkpoints.load_autoencoder(stages.file("autoencoder"), torch.float32)
-    _, recipe = entry.STAGES["tiny_decoder"].recipes["micro"]
-    losses = entry.recipes.TINY_DECODER["micro"][1].losses
-    loss = Reconstruction(type(losses)(l1=1.0, perceptual=0.0))
+    recipe = replace(entry.STAGES["tiny_decoder"].recipes["micro"][1], **changes)
+    joint, loss = Joint(davae), Reconstruction(replace(recipe.losses, perceptual=0.0))
+    return TinyDecoderPhase(joint, davae, recipe, loss), joint  # type: ignore[arg-type]
 
-    class Joint(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[torch.Tensor] = []
 
-        def forward(self, z: torch.Tensor) -> torch.Tensor:
-            self.seen.append(z)
-            return davae.decode(davae.latent.denormalise(z)).clamp(-1, 1)
-
-    joint = Joint()
-    phase = TinyDecoderPhase(joint, davae, recipe, loss)  # type: ignore[arg-type]
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_weakened_detail_is_to_be_seen(stages: Any, keep: bool) -> None:
+    """The picture to learn is the joint decoder's of the same latent, and there are latents at many strengths."""
+    phase, joint = phase_of(stages, latent_noise=0.0, detail_faded=0.5, keep_latents=keep)
     batch = {"image": torch.rand(8, 3, 32, 32) * 2 - 1, "position": torch.arange(8)}
-    assert phase(batch, 3)["loss"] < 1e-4
-    phase(batch, 4)
-    clean = davae.latent.normalise(davae.encode(batch["image"]))
+    for step in range(2):
+        assert phase(batch, step)["l1"] < 1e-5
+    whole = phase.latents(batch["image"])
+    units = joint._davae[0].latent
     for z in joint.seen:
-        levels = (z - clean).std((1, 2, 3))
-        assert len(set(levels.tolist())) == 8 and levels.max() < 2
+        ratio = units.denormalise(z)[:, 16:].flatten(1).norm(dim=1) / whole[:, 16:].flatten(1).norm(dim=1)
+        assert 0 < (ratio < 0.999).sum() < 8 and ratio.max() < 1.001
+        assert torch.allclose(units.denormalise(z)[:, :16], whole[:, :16], atol=1e-4)
     assert not torch.allclose(*joint.seen)
+
+
+def test_a_noised_latent_is_to_give_the_picture_without_noise(stages: Any) -> None:
+    phase, joint = phase_of(stages, latent_noise=0.5, detail_faded=0.0)
+    batch = {"image": torch.rand(8, 3, 32, 32) * 2 - 1, "position": torch.arange(8)}
+    with torch.no_grad():
+        error = phase(batch, 3)["l1"].item()
+    clean = joint._davae[0].latent.normalise(phase.latents(batch["image"]))
+    (z,) = joint.seen
+    levels = (z - clean).std((1, 2, 3))
+    assert len(set(levels.tolist())) == 8 and levels.max() < 0.6
+    pictures = phase.decode(phase.latents(batch["image"]))
+    assert error == pytest.approx((pictures - joint(z)).abs().mean().item(), abs=1e-5) and error > 1e-3
+
+
+def test_the_perceptual_distance_counts_from_its_step_on(stages: Any) -> None:
+    phase, _ = phase_of(stages, perceptual_start=5)
+    phase.loss.config = replace(phase.loss.config, l1=100.0)  # stands for what differs between the two
+    batch = {"image": torch.rand(2, 3, 32, 32) * 2 - 1, "position": torch.arange(2)}
+    before, after = (phase(batch, step) for step in (4, 5))
+    assert before["loss"] < 10 * before["l1"] and after["loss"] > 90 * after["l1"] > 0
 
 
 def test_a_file_tells_which_davae_it_is_for(stages: Any, tmp_path: Path) -> None:
