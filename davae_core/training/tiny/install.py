@@ -30,7 +30,7 @@ class InstallConfig:
     """Which family, and where to."""
 
     size: Literal["micro", "tiny"] = "tiny"
-    """Of the family, trained into output/tiny/SIZE."""
+    """Size of the family, trained into output/tiny/SIZE."""
     into: Path = Path(tiny.__file__).parent
     """Folder with the folders diffusion_models, text_encoders, vae and loras."""
 
