@@ -53,8 +53,8 @@ class PredictorRecipe:
     latent: float = 1.0
     """Weight of the squared error of the latent, in the diffusion model's units."""
     losses: ReconstructionConfig = ReconstructionConfig(l1=1.0, perceptual=1.0, kl=0.0)
-    """Losses of the picture that the frozen decoder makes of base and predicted detail; with l1, l2 and perceptual at 0 none
-    is made."""
+    """Losses of the picture that the frozen decoder makes of base and predicted detail; none is made where l1, l2 and
+    perceptual are 0."""
     base_noise: float = 0.3
     """Most noise that is added to the base, in standard deviations; its level is drawn for each sample from 0 to this.
     Drawn latents are not those of pictures."""
