@@ -128,7 +128,7 @@ SD3 = Base(
     False,
     (SD3_SHIFT, SD3_SCALE),
     ("stable-diffusion-v3",),
-    r"sd[ _-]?3|stable[ _-]?diffusion[ _-]?3",
+    r"(?<![a-z])sd[ _-]?3|stable[ _-]?diffusion[ _-]?3",
     "SD3",
     MMDIT,
     by_shape=True,
@@ -144,7 +144,7 @@ FLUX1 = Base(
     False,
     (0.1159, 0.3611),
     ("flux-1", "flux.1", "flux1", "chroma", "lumina-2", "lumina2", "z-image", "hidream"),
-    r"^ae$|flux|chroma|lumina|z[ _-]?image|hidream",
+    r"^ae$|(?<![a-z])(flux|chroma|lumina|z[ _-]?image|hidream)",
     "Flux",
 )
 
