@@ -17,7 +17,7 @@ from typing import Any
 from .. import atomic, command
 from ..adapter import Recommended
 from ..autoencoder import AutoencoderConfig
-from ..bases import BASE_KEY, BASES, Base, base_of, normalisation_by_shape
+from ..bases import BASE_KEY, BASES, SD3, Base, base_of, normalisation_by_shape
 from ..errors import CheckpointError
 from ..history import History, identity
 from ..mmdit import MMDiTConfig
@@ -180,10 +180,16 @@ def _words(args: argparse.Namespace, default: str) -> dict[str, Any]:
 def _authors_autoencoder(args: argparse.Namespace, opened: Opened) -> Path:
     base = None
     if args.base is not None:
-        part = open_any(args.base).parts.get("vae")
-        base = export.as_diffusers(part) if part else None
-        if base is None:
+        given = open_any(args.base)
+        if "vae" not in given.parts:
             raise CheckpointError(f"{args.base} holds no VAE; name the SD3 VAE with --base")
+        told = belonging(given)
+        if told.name not in ("", SD3.name):
+            raise CheckpointError(
+                f"{args.base} holds the VAE of {told.title or told.name} (told by {told.by}), and the release stands "
+                "on that of SD3; name that with --base"
+            )
+        base = export.as_diffusers(given.parts["vae"])
     with files.naming(opened.path.name):
         statistics = _statistics(args, opened)
         model, difference = authors_autoencoder.convert(opened.stored, statistics, opened.path.name, base)

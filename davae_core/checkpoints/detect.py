@@ -12,7 +12,6 @@ FileKind = Literal[
     "model",
     "predictor",
     "text_encoder",
-    "sd3 vae",
     "vae",
     "sd3 model",
     "sd3 checkpoint",
@@ -85,9 +84,8 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
             quant = f"{prefix}quant_conv.weight" in names
             like = [b.title for b in bases.BASES.values() if (b.latent_channels, b.quant_conv) == (channels, quant)]
             told = f", like {' or '.join(like)}'s (no detail branch)" if like else ""
-            plain: FileKind = "sd3 vae" if channels == bases.SD3.latent_channels and not quant else "vae"
             what = "a checkpoint with a VAE of" if prefix == VAE_PREFIXES[1] else "a plain VAE with"
-            return Detected(plain, f"{what} {channels} latent channels{told}")
+            return Detected("vae", f"{what} {channels} latent channels{told}")
     if any_starts("model.diffusion_model.input_blocks.", "input_blocks."):
         return Detected("unet", "a Stable Diffusion 1 / 2 / XL model")
     if any(

@@ -126,7 +126,7 @@ def _parts(detected: Detected, stored: Tensors, file: str) -> dict[str, Part]:
             outer = stored.below(f"text_encoders.{name}.")
             inner[name] = outer.renamed({key.removeprefix("transformer."): key for key in outer})
         return {name: Part(part, None, file) for name, part in inner.items() if part}
-    if detected.kind in ("sd3 vae", "vae"):
+    if detected.kind == "vae":
         return {"vae": Part(stored.below(*VAE_PREFIXES) or stored, None, file)}
     return {}
 

@@ -680,14 +680,14 @@ def test_our_own_kinds_are_known_by_shapes_and_by_tensors(written: dict[str, Pat
 @pytest.mark.parametrize(
     ("shapes", "kind"),
     [
-        ({"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "sd3 vae"),
+        ({"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "vae"),
         ({"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "vae"),
         (
             {
                 "first_stage_model.decoder.conv_in.weight": (512, 16, 3, 3),
                 "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
             },
-            "sd3 vae",
+            "vae",
         ),
         ({"input_blocks.0.0.weight": (320, 4, 3, 3)}, "unet"),
         (

@@ -72,14 +72,22 @@ def start_from(model: DAVAE, path: Path, family: Base) -> None:
     model.set_detail_statistics(trained.latent.detail_mean, trained.latent.detail_std)
 
 
-def check_family(latent: LatentSpec, family: Base, file: str) -> None:
-    """Raise DAVAEError where a DA-VAE's latent has the units of another base model than ``family``."""
+def check_family(latent: LatentSpec, family: Base, file: str, asked: str = "") -> None:
+    """Raise DAVAEError where a DA-VAE's latent has the units of another base model than ``family``.
+
+    Args:
+        latent: of the DA-VAE.
+        family: the base model that is wanted.
+        file: the DA-VAE's, for the message.
+        asked: what speaks for it, for the message, in place of ``--family``.
+    """
     told, units = _base_in_units(latent), (latent.base_shift, latent.base_scale)
     if told is not None and family.normalisation is not None and told.name != family.name:
+        other = "" if asked else f", or take --family {told.name} or a recipe for {told.title}"
         raise DAVAEError(
-            f"{file} is a DA-VAE on the VAE of {told.title} (shift {units[0]}, scale {units[1]}), but --family "
-            f"{family.name} asks for that of {family.title}; give a DA-VAE on {family.title}, or take --family "
-            f"{told.name} or a recipe for {told.title}"
+            f"{file} is a DA-VAE on the VAE of {told.title} (shift {units[0]}, scale {units[1]}), but "
+            f"{asked or f'--family {family.name} asks for that of {family.title}'}; give a DA-VAE on the VAE of "
+            f"{family.title}{other}"
         )
 
 

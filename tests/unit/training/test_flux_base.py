@@ -67,7 +67,7 @@ def test_the_whole_way_of_a_flux_davae(stages: Any, tmp_path: Path, bare: Path) 
 @pytest.mark.parametrize(
     ("file", "told", "recipe", "said"),
     [
-        ("vae", {"modelspec.architecture": "flux-1-dev"}, "sd3_vae_f16", r"VAE of FLUX\.1 \(told by its metadata\), but"),
+        ("vae", {"modelspec.architecture": "flux-1-dev"}, "sd3_vae_f16", r"FLUX\.1 \(told by its metadata\), but"),
         ("ae", {}, "sd3_vae_f16", r"FLUX\.1 \(told by its name\), but --family sd3 asks for that of SD3"),
         ("flux_ae", {}, "sd3_vae_f16", r"or take --family flux1, or a recipe for FLUX\.1"),
         ("sd3_vae", {}, "flux_vae_f16", r"VAE of SD3 / SD3\.5 \(told by its name\), but --family flux1"),
@@ -110,6 +110,19 @@ def test_a_start_or_davae_in_the_units_of_another_base_is_refused(stages: Any, t
         train(stages, "autoencoder", "flux_vae_f16", tmp_path / "again", "--base", str(davae))
 
 
+def test_an_sd3_model_is_not_trained_on_flux_s_latents(stages: Any, tmp_path: Path) -> None:
+    davae = checkpoints.load_autoencoder(stages.file("autoencoder"), torch.float32)
+    davae.set_base_units(*FLUX)
+    checkpoints.save_autoencoder(tmp_path / "davae.safetensors", davae)
+    said = r"davae\.safetensors is a DA-VAE on the VAE of FLUX\.1 .*but the model \(--model\) draws latents of SD3"
+    with pytest.raises(DAVAEError, match=said):
+        stages.run("adapter", tmp_path / "adapter", 1, "--autoencoder", str(tmp_path / "davae.safetensors"))
+    tensors, _ = files.read(stages.file("base_autoencoder"))
+    files.save(tmp_path / "ae.safetensors", tensors, {})
+    with pytest.raises(DAVAEError, match=r"FLUX\.1 \(told by its name\), but --family sd3"):
+        stages.run("base_dit", tmp_path / "dit", 1, "--autoencoder", str(tmp_path / "ae.safetensors"))
+
+
 def test_recomputation_changes_no_loss_of_a_predictor(stages: Any, tmp_path: Path) -> None:
     for name, more in (("plain", "--no-gradient-checkpointing"), ("again", "--gradient-checkpointing")):
         given = (
@@ -134,7 +147,7 @@ def test_recomputation_changes_no_loss_of_a_predictor(stages: Any, tmp_path: Pat
 @pytest.mark.parametrize(
     ("std", "units", "near"),
     [
-        (1 / 0.3611, bases.SD3.normalisation, r"deviation 4\.2. in the units of SD3.*FLUX\.1 it is 1\.00.*--family flux1"),
+        (1 / 0.3611, bases.SD3.normalisation, r"deviation 4\.2. in the units of SD3.*FLUX\.1 it is 1\.00.*y flux1"),
         (1 / 1.5305, FLUX, r"deviation 0\.24 in the units of FLUX\.1.*SD3\.5 it is 1\.00.*--family sd3"),
         (1 / 1.5305, bases.SD3.normalisation, None),
         (1 / 0.3611, FLUX, None),
