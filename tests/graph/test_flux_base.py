@@ -222,7 +222,7 @@ def test_a_latent_of_another_shape_is_refused_by_name(fails, files):
         assert str(list(shape)) in said and "expected [batch, 16, height, width]" in said
 
 
-@pytest.mark.parametrize("name", ["Flux", "FluxSchnell", "Lumina2", "ZImage", "HiDream", "Chroma"])
+@pytest.mark.parametrize("name", ["Flux", "FluxSchnell", "Lumina2", "ZImage", "HiDream", "Chroma", "Omnigen2"])
 def test_the_models_that_share_flux_s_vae_share_its_units(comfy, name):
     from comfy import latent_formats, supported_models
 
