@@ -1,4 +1,4 @@
-"""The tasks of stage 1 and 2 with models of the right shapes and no files: SD3.5-medium and the VAE of SD3."""
+"""The tasks with models of the right shapes and no files: SD3.5-medium, and the VAE of SD3 or FLUX.1."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,18 +9,20 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...autoencoder import Autoencoder, AutoencoderConfig
-from ...bases import SD3
+from ...bases import BASES, SD3
 from ...davae import DAVAE, DAVAEConfig
 from ...embeddings import Embeddings, Encoded
 from ...mmdit import MMDiT, MMDiTConfig
 from ...perceptual import perceptual_shape
 from ..run.launch import Images
-from ..tasks import adapter, autoencoder
+from ..tasks import adapter, autoencoder, predictor
 from ..tasks.adapter import AdapterRecipe, AdapterTask
 from ..tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
+from ..tasks.predictor import PredictorRecipe, PredictorTask
 
 Module = TypeVar("Module", bound=nn.Module)
-Recipe = AdapterRecipe | AutoencoderRecipe
+Recipe = AdapterRecipe | AutoencoderRecipe | PredictorRecipe
+Task = AdapterTask | AutoencoderTask | PredictorTask
 
 
 class Prompts(Embeddings):
@@ -46,7 +48,7 @@ def task(
     text: int,
     model: MMDiTConfig | None = None,
     base: AutoencoderConfig | None = None,
-) -> AdapterTask | AutoencoderTask:
+) -> Task:
     """A recipe's task on the device that tensors are made on.
 
     Args:
@@ -57,10 +59,15 @@ def task(
     """
     run = replace(recipe.run, compile=False)
     base = base or AutoencoderConfig()
-    if isinstance(recipe, AutoencoderRecipe):
+    if not isinstance(recipe, AdapterRecipe):
         network = recipe.losses.network
         distance = empty(lambda: perceptual_shape(network)) if recipe.losses.perceptual else None
-        parts = autoencoder.Parts(empty(lambda: Autoencoder(base)), SD3, distance)
+    if isinstance(recipe, PredictorRecipe):
+        whole = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
+        return PredictorTask(replace(recipe, run=run, start=None), images, predictor.Parts(whole, distance=distance))
+    if isinstance(recipe, AutoencoderRecipe):
+        family = BASES.get(recipe.family, SD3)
+        parts = autoencoder.Parts(empty(lambda: Autoencoder(base)), family, distance)
         made = AutoencoderTask(replace(recipe, run=run, start=None, freeze_detail=False), images, parts)
         if recipe.freeze_detail:
             autoencoder.freeze_detail(made.model, recipe)
