@@ -141,7 +141,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     demo_parser.add_argument(
         "--prompt", metavar="TEXT", action="append", default=[], help="what to draw; may be given several times"
     )
-    demo_parser.add_argument("--seed", metavar="N", type=int, help="of the noise (default: the workflow's)")
+    demo_parser.add_argument("--seed", metavar="N", type=int, help="noise seed (default: the workflow's)")
     demo_parser.add_argument(
         "--out", metavar="DIR", default="output/demo", help="where the images go (default: %(default)s)"
     )

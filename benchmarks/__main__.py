@@ -134,8 +134,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--scale", choices=SCALES, default="full", help="of the diffusion model (default: full)")
-    parser.add_argument("--blocks", type=int, help="of the diffusion model (default: all on a GPU, 6 on a CPU)")
+    parser.add_argument("--scale", choices=SCALES, default="full", help="size of the diffusion model (default: full)")
+    parser.add_argument("--blocks", type=int, help="blocks of the diffusion model (default: all on a GPU, 6 on a CPU)")
     parser.add_argument(
         "--limit", type=float, default=600.0, metavar="S", help="seconds the rounds of a case may take (default: 600)"
     )

@@ -5,6 +5,7 @@ where adapters can be made for it, the names of what an adapter changes in that 
 entry of :data:`BASES`; an adapter for another kind of diffusion model also takes that model's own modules.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -50,6 +51,8 @@ class Base:
         normalisation: (shift, scale): the diffusion model sees ``(z - shift) * scale``. None where that is measured
             per channel and not published with the model.
         architectures: how ``modelspec.architecture`` begins in the metadata of the family's files.
+        file_names: a regular expression found in the names of the family's files, in lower case and without the
+            ending; "" where names tell nothing.
         comfyui_latents: the class of ``comfy.latent_formats`` that knows the preview colours, or "".
         diffusion: of the diffusion model that adapters are for; None where there are none.
         by_shape: a VAE of these shapes is taken for this base's where nothing else is told. Only of the rows that had
@@ -64,6 +67,7 @@ class Base:
     quant_conv: bool
     normalisation: tuple[float, float] | None
     architectures: tuple[str, ...] = ()
+    file_names: str = ""
     comfyui_latents: str = ""
     diffusion: DiffusionLayout | None = None
     by_shape: bool = False
@@ -112,15 +116,37 @@ SD1 = Base(
     True,
     (0.0, 0.18215),
     ("stable-diffusion-v1", "stable-diffusion-v2"),
-    "SD15",
+    comfyui_latents="SD15",
     by_shape=True,
 )
-SDXL = Base("sdxl", "SDXL", 4, 8, True, (0.0, 0.13025), ("stable-diffusion-xl",), "SDXL", by_shape=True)
+SDXL = Base("sdxl", "SDXL", 4, 8, True, (0.0, 0.13025), ("stable-diffusion-xl",), comfyui_latents="SDXL", by_shape=True)
 SD3 = Base(
-    "sd3", "SD3 / SD3.5", 16, 8, False, (SD3_SHIFT, SD3_SCALE), ("stable-diffusion-v3",), "SD3", MMDIT, by_shape=True
+    "sd3",
+    "SD3 / SD3.5",
+    16,
+    8,
+    False,
+    (SD3_SHIFT, SD3_SCALE),
+    ("stable-diffusion-v3",),
+    r"(?<![a-z])sd[ _-]?3|stable[ _-]?diffusion[ _-]?3",
+    "SD3",
+    MMDIT,
+    by_shape=True,
 )
 VAVAE = Base("vavae", "VA-VAE", 32, 16, True, None, by_shape=True)
-FLUX1 = Base("flux1", "FLUX.1", 16, 8, False, (0.1159, 0.3611), ("flux-1", "flux.1", "flux1"), "Flux")
+# ae.safetensors is what the VAE is called in the releases of FLUX.1 and of the models that took it over, in the same
+# units: Z-Image, Lumina 2, Chroma, HiDream-I1.
+FLUX1 = Base(
+    "flux1",
+    "FLUX.1",
+    16,
+    8,
+    False,
+    (0.1159, 0.3611),
+    ("flux-1", "flux.1", "flux1", "chroma", "lumina-2", "lumina2", "z-image", "hidream"),
+    r"^ae$|(?<![a-z])(flux|chroma|lumina|z[ _-]?image|hidream)",
+    "Flux",
+)
 
 BASES = {base.name: base for base in (SD1, SDXL, SD3, VAVAE, FLUX1)}
 
@@ -185,6 +211,18 @@ def base_named(metadata: Mapping[str, str]) -> str:
         return metadata[BASE_KEY]
     architecture = metadata.get(ARCHITECTURE_KEY, "").lower()
     return next((base.name for base in BASES.values() if architecture.startswith(base.architectures)), "")
+
+
+def base_by_file_name(config: AutoencoderConfig, file: str) -> str:
+    """The base that the name of a VAE's file tells, among those that its shapes fit, or "" where it tells none or two.
+
+    Args:
+        config: the VAE's shapes.
+        file: the name with or without its ending, such as ``flux_vae.safetensors``.
+    """
+    stem = file.lower().removesuffix(".safetensors")
+    told = [b.name for b in BASES.values() if b.file_names and b.fits(config) and re.search(b.file_names, stem)]
+    return told[0] if len(told) == 1 else ""
 
 
 def _shape(vae: Base | AutoencoderConfig) -> str:

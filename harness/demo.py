@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         "--prompt", action="append", metavar="TEXT",
         help='what to draw: a style and a name (default: "3d peach"); several with commas, or given several times',
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, help="of the noise (default: the one in the workflow files)")
+    parser.add_argument("--seed", type=int, help="noise seed (default: the one in the workflow files)")
     parser.add_argument(
         "--out", type=Path, default=Path("output/demo"), help="where the pictures go (default: %(default)s)"
     )

@@ -17,7 +17,7 @@ from typing import Any
 from .. import atomic, command
 from ..adapter import Recommended
 from ..autoencoder import AutoencoderConfig
-from ..bases import BASE_KEY, BASES, Base, base_named, base_of
+from ..bases import BASE_KEY, BASES, SD3, Base, base_of, normalisation_by_shape
 from ..errors import CheckpointError
 from ..history import History, identity
 from ..mmdit import MMDiTConfig
@@ -33,6 +33,7 @@ from . import (
     tensors,
     verify,
 )
+from .belonging import belonging
 from .opening import Opened, Part, open_any
 
 
@@ -139,10 +140,22 @@ def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -
 
 def _base(args: argparse.Namespace, opened: Opened, part: Part) -> Base | None:
     """The base model that a plain VAE is said to be of, by --family or by its file; None where nobody says."""
-    if not (args.family or base_named(opened.told)):
-        return None
     with files.naming(part.file):
-        return base_of(AutoencoderConfig.from_state_dict(part.native.meta), args.family, opened.told)
+        config = AutoencoderConfig.from_state_dict(part.native.meta)
+        named = args.family or belonging(opened, config).name
+        return base_of(config, named) if named else None
+
+
+def _open_question(part: Part) -> None:
+    """Say that the units of a VAE were told by its shapes, which several bases share."""
+    config = AutoencoderConfig.from_state_dict(part.native.meta)
+    fitting = [base for base in BASES.values() if base.fits(config)]
+    if len(fitting) > 1:
+        shift, scale = normalisation_by_shape(config)
+        print(
+            f"  vae: nothing tells whether it is of {' or of '.join(base.title for base in fitting)}; shift {shift:g} "
+            f"and scale {scale:g} were written. --family {'|'.join(base.name for base in fitting)} says which it is"
+        )
 
 
 def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
@@ -167,10 +180,16 @@ def _words(args: argparse.Namespace, default: str) -> dict[str, Any]:
 def _authors_autoencoder(args: argparse.Namespace, opened: Opened) -> Path:
     base = None
     if args.base is not None:
-        part = open_any(args.base).parts.get("vae")
-        base = export.as_diffusers(part) if part else None
-        if base is None:
+        given = open_any(args.base)
+        if "vae" not in given.parts:
             raise CheckpointError(f"{args.base} holds no VAE; name the SD3 VAE with --base")
+        told = belonging(given)
+        if told.name not in ("", SD3.name):
+            raise CheckpointError(
+                f"{args.base} holds the VAE of {told.title or told.name} (told by {told.by}), and the release stands "
+                "on that of SD3; name that with --base"
+            )
+        base = export.as_diffusers(given.parts["vae"])
     with files.naming(opened.path.name):
         statistics = _statistics(args, opened)
         model, difference = authors_autoencoder.convert(opened.stored, statistics, opened.path.name, base)
@@ -242,6 +261,8 @@ def _export(args: argparse.Namespace, opened: Opened) -> Path:
                 base = _base(args, opened, part)
                 units = base.normalisation if base else None
                 _report(key, export.vae(folder / "vae", part.native, name, units))
+                if base is None:
+                    _open_question(part)
             if metadata.kind_of(opened.told) == "model":
                 told = metadata.latent_of(metadata.parse(opened.told, "model", name), name)
                 export.latent(folder, *told, metadata.history_of(opened.told, name))
@@ -258,18 +279,23 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("src", type=Path, help="a file or folder")
     out.add_argument("dst", type=Path, help="a .safetensors file, or a folder")
     out.add_argument("--to", choices=("native", "diffusers"), default="native", help="(default: native)")
-    out.add_argument("--part", help="of a source with several models, the one to take")
+    out.add_argument("--part", help="the model to take from a source that holds several")
     out.add_argument("--base", type=Path, metavar="FILE", help="the base model or base VAE, where SRC needs one")
-    out.add_argument("--family", choices=tuple(BASES), default="", help="of a plain VAE, whose shapes several share")
     out.add_argument(
-        "--statistics", type=Path, metavar="FILE", help="of the authors' autoencoder (default: beside SRC)"
+        "--family",
+        choices=tuple(BASES),
+        default="",
+        help="base model of a plain VAE; SD1 and SDXL, SD3 and FLUX.1 share their shapes",
     )
-    out.add_argument("--lora", metavar="FOLDER", help="of the authors' adapter, or none (default: beside SRC)")
+    out.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="statistics of the authors' autoencoder (default: beside SRC)"
+    )
+    out.add_argument("--lora", metavar="FOLDER", help="LoRA of the authors' adapter, or none (default: beside SRC)")
     out.add_argument(
         "--weights",
         choices=("auto", "average", "last"),
         default="auto",
-        help="of the authors' adapter: the running average (EMA) or the last step (default: the average, if any)",
+        help="weights of the authors' adapter: running average (EMA) or last step (default: the average, if any)",
     )
     for name, kind, help_text in (
         ("size", int, "image side"),

@@ -14,7 +14,6 @@ FileKind = Literal[
     "tiny_decoder",
     "taesd",
     "text_encoder",
-    "sd3 vae",
     "vae",
     "sd3 model",
     "sd3 checkpoint",
@@ -27,6 +26,7 @@ FileKind = Literal[
     "unknown",
 ]
 CHECKPOINT_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+VAE_PREFIXES = ("first_stage_model.", "vae.")  # in whole checkpoints: of Stable Diffusion, and of FLUX.1 and its kin
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
             if any_starts("first_stage_model.", "text_encoders."):
                 return Detected("sd3 checkpoint", "a whole SD3 / SD3.5 checkpoint")
             return Detected("sd3 model", f"an unadapted SD3 / SD3.5 diffusion model with {channels} channels")
-    for prefix in ("", "first_stage_model."):
+    for prefix in ("", *VAE_PREFIXES):
         if f"{prefix}decoder.conv_in.weight" in names and f"{prefix}encoder.conv_in.weight" in names:
             channels = side(f"{prefix}decoder.conv_in.weight", 1)
             quant = f"{prefix}quant_conv.weight" in names
             like = [b.title for b in bases.BASES.values() if (b.latent_channels, b.quant_conv) == (channels, quant)]
             told = f", like {' or '.join(like)}'s (no detail branch)" if like else ""
-            plain: FileKind = "sd3 vae" if channels == bases.SD3.latent_channels and not quant else "vae"
-            return Detected(plain, f"a plain VAE with {channels} latent channels{told}")
+            what = "a checkpoint with a VAE of" if prefix == VAE_PREFIXES[1] else "a plain VAE with"
+            return Detected("vae", f"{what} {channels} latent channels{told}")
     if any_starts("model.diffusion_model.input_blocks.", "input_blocks."):
         return Detected("unet", "a Stable Diffusion 1 / 2 / XL model")
     if any(

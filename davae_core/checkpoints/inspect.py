@@ -17,8 +17,10 @@ from ..autoencoder import AutoencoderConfig
 from ..davae import DAVAEConfig
 from ..errors import CheckpointError, DAVAEError
 from ..mmdit import MMDiTConfig
+from ..predictor import PredictorConfig
 from ..tiny_decoder import TinyDecoderConfig
 from . import files, foreign_json, metadata
+from .belonging import belonging
 from .opening import Opened, open_any
 from .tensors import Tensors
 
@@ -34,6 +36,7 @@ def describe(path: Path) -> dict[str, Any]:
         "path": str(path),
         "kind": opened.detected.kind,
         "description": opened.detected.description,
+        "base": _base(opened),
         **_sizes(opened.stored),
         "config": _config(opened),
         "parts": {
@@ -42,6 +45,15 @@ def describe(path: Path) -> dict[str, Any]:
         },
         "metadata": {name: _value(text) for name, text in sorted(opened.told.items())},
     }
+
+
+def _base(opened: Opened) -> dict[str, str] | None:
+    """The base model whose latent it is made for, and what tells so."""
+    try:
+        told = belonging(opened)
+    except DAVAEError:  # said by the configuration
+        return None
+    return {"name": told.name, "title": told.title, "by": told.by} if told.name else None
 
 
 def _sizes(tensors: Tensors) -> dict[str, Any]:
@@ -56,7 +68,7 @@ def _sizes(tensors: Tensors) -> dict[str, Any]:
 def _config(opened: Opened) -> dict[str, Any] | None:
     """The configuration of a native file: what the shapes tell, and what the metadata tells; no defaults."""
     kind, meta, file = opened.detected.kind, opened.stored.meta, opened.path.name
-    if kind not in ("autoencoder", "adapter", "model", "tiny_decoder"):
+    if kind not in ("autoencoder", "adapter", "model", "predictor", "tiny_decoder"):
         return None
     try:
         latent, recommended = metadata.latent_of(metadata.parse(opened.told, kind, file), file)
@@ -65,11 +77,14 @@ def _config(opened: Opened) -> dict[str, Any] | None:
             found = DAVAEConfig.from_state_dict(meta)
             shape = {"base": asdict(found.base), "shared_trunk": found.shared_trunk, "base_decoder": found.base_decoder}
             return shape | told
+        if kind == "predictor":
+            predictor = PredictorConfig.from_state_dict(meta)
+            return {"width": predictor.width, "blocks": predictor.blocks} | told
         if kind == "adapter":
             adapter = AdapterConfig.from_state_dict(meta, latent.base_channels)
             return {"hidden": adapter.hidden, "patch": adapter.patch} | told
         if kind == "tiny_decoder":
-            return {"widths": TinyDecoderConfig.from_state_dict(meta, latent).widths, "latent": told["latent"]}
+            return {"widths": TinyDecoderConfig.from_state_dict(meta, latent).widths} | told
         return told
     except DAVAEError as problem:
         return {"problem": str(problem)}
@@ -113,6 +128,8 @@ def _value(text: str) -> Any:
 def text(told: dict[str, Any]) -> str:
     """The same for people."""
     lines = [f"{told['path']}: {told['description']}", f"  kind: {told['kind']}", f"  {_size_line(told)}"]
+    if base := told["base"]:
+        lines.append(f"  base: the VAE of {base['title'] or base['name']} ({base['name']}), told by {base['by']}")
     lines += _config_lines(told["config"], "  ")
     for name, part in told["parts"].items():
         lines += [f"  {name}", f"    {_size_line(part)}", *_config_lines(part["config"], "    ")]

@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("base", type=Path, help="the base model: a file, or a diffusers folder")
     out.add_argument("adapter", type=Path, help="a DA-VAE adapter")
     out.add_argument("out", type=Path, help="the merged model, a .safetensors file")
-    out.add_argument("--strength", type=float, default=1.0, help="of the adapter's changes (default: 1)")
+    out.add_argument("--strength", type=float, default=1.0, help="strength of the adapter's changes (default: 1)")
     out.add_argument("--title", default="DA-VAE merged model")
     out.add_argument("--author", default="")
     out.add_argument("--licence", default="")

@@ -10,13 +10,12 @@ import torch
 from .. import bases
 from ..errors import CheckpointError
 from . import files, foreign_json, metadata, pickled, tensors
-from .detect import CHECKPOINT_PREFIXES, Detected, detect
+from .detect import CHECKPOINT_PREFIXES, VAE_PREFIXES, Detected, detect
 from .diffusers_names import transformer_config, transformer_rules, vae_config, vae_rules
 from .names import to_native
 from .tensors import Tensors
 
 TEXT_ENCODERS = ("clip_l", "clip_g", "t5xxl")
-FIRST_STAGE = "first_stage_model."
 BASE_MODELS = ("sd3 model", "sd3 checkpoint", "diffusers transformer")
 
 
@@ -122,13 +121,13 @@ def _parts(detected: Detected, stored: Tensors, file: str) -> dict[str, Part]:
     if detected.kind in ("sd3 model", "sd3 checkpoint", "model"):
         inner = {"diffusion_model": stored.below(*CHECKPOINT_PREFIXES) or stored}
         if any(name.startswith(CHECKPOINT_PREFIXES) for name in stored):
-            inner["vae"] = stored.below(FIRST_STAGE)
+            inner["vae"] = stored.below(*VAE_PREFIXES)
         for name in TEXT_ENCODERS:
             outer = stored.below(f"text_encoders.{name}.")
             inner[name] = outer.renamed({key.removeprefix("transformer."): key for key in outer})
         return {name: Part(part, None, file) for name, part in inner.items() if part}
-    if detected.kind in ("sd3 vae", "vae"):
-        return {"vae": Part(stored.below(FIRST_STAGE) or stored, None, file)}
+    if detected.kind == "vae":
+        return {"vae": Part(stored.below(*VAE_PREFIXES) or stored, None, file)}
     return {}
 
 
@@ -152,17 +151,18 @@ def _folder(folder: Path) -> Opened:
     components = [folder / name for name in ("transformer", "vae") if (folder / name).is_dir()]
     if components:
         found = [_component(part) for part in components]
-        parts = {name: part for one in found for name, part in one.parts.items()}
         said = " and ".join(one.detected.description for one in found)
-        odd = [one for one in found if not one.parts]
-        if odd:
-            raise CheckpointError(f"{odd[0].path} is {odd[0].detected.description}, expected a component of SD3")
+        # Another family's transformer does not keep anybody from the VAE beside it.
+        pairs = [(one, part) for one, part in zip(found, components, strict=True) if one.parts]
+        odd = next((one for one in found if not one.parts), None)
+        if odd is not None and not (pairs and odd is found[0]):
+            raise CheckpointError(f"{odd.path} is {odd.detected.description}, expected a component of SD3")
+        parts = {name: part for one, _ in pairs for name, part in one.parts.items()}
         stored = tensors.joined(
-            one.stored.renamed({f"{part.name}.{name}": name for name in one.stored})
-            for one, part in zip(found, components, strict=True)
+            one.stored.renamed({f"{part.name}.{name}": name for name in one.stored}) for one, part in pairs
         )
-        kind = "sd3 checkpoint" if len(found) == 2 else found[0].detected.kind
-        named = dict(entry for one in found for entry in one.told.items() if entry[0] == bases.BASE_KEY)
+        kind = "sd3 checkpoint" if len(pairs) == 2 else pairs[0][0].detected.kind
+        named = dict(entry for one, _ in pairs for entry in one.told.items() if entry[0] == bases.BASE_KEY)
         return Opened(folder, Detected(kind, f"a diffusers folder with {said}"), stored, named, parts)
     return _component(folder)
 

@@ -89,9 +89,16 @@ def latent(values: Any) -> LatentSpec:
     """The latent that a file's ``latent`` describes.
 
     Raises:
-        DAVAEError: a setting is unknown, of a wrong type or out of range, or they contradict each other.
+        DAVAEError: a setting is unknown, of a wrong type or out of range, the units of the base latent are missing, or
+            settings contradict each other.
     """
-    return LatentSpec(**_settings("latent", LATENT, values))
+    read = _settings("latent", LATENT, values)
+    if missing := [name for name in ("base_shift", "base_scale") if name not in read]:
+        raise CheckpointError(
+            f"latent.{missing[0]} is not there, and without the units of the base latent it cannot be told which base "
+            "model it belongs to"
+        )
+    return LatentSpec(**read)
 
 
 def recommended(values: Any) -> Recommended:

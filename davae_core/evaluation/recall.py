@@ -119,7 +119,7 @@ def spread(indices: Sequence[int], most: int | None) -> list[int]:
 
 
 def choose(references: References, every: int, captions: int | None, held_out: int | None) -> list[Prompt]:
-    """Every so manieth training caption, then the held-out ones, each no more than asked for.
+    """Every n-th training caption, then the held-out ones, each no more than asked for.
 
     Raises:
         DAVAEError: that is none at all.
@@ -178,10 +178,12 @@ def parser() -> argparse.ArgumentParser:
     figures.add_common_arguments(out)
     out.add_argument("--sheet", type=Path, metavar="FILE.jpg", help="write a contact sheet to this file")
     out.add_argument("--seed", type=int, default=0, help="noise seed (default: 0)")
-    out.add_argument("--every", type=figures.at_least(1), default=5, help="of the training captions (default: 5)")
+    out.add_argument(
+        "--every", type=figures.at_least(1), default=5, help="draw every n-th training caption (default: 5)"
+    )
     out.add_argument("--captions", type=figures.at_least(0), metavar="N", help="at most N training captions")
     out.add_argument("--held-out", type=figures.at_least(0), metavar="N", help="at most N held-out pairs")
-    out.add_argument("--steps", type=figures.at_least(1), default=30, help="of the sampler (default: 30)")
+    out.add_argument("--steps", type=figures.at_least(1), default=30, help="sampling steps (default: 30)")
     out.add_argument("--models", nargs="+", choices=("adapted", "base"), default=["adapted", "base"])
     return out
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from .. import bases
 from ..autoencoder import Autoencoder, AutoencoderConfig
-from ..checkpoints import metadata
+from ..checkpoints import files
+from ..checkpoints.belonging import belonging
 from ..checkpoints.opening import diffusion_model as diffusion_model
 from ..checkpoints.opening import open_any
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DAVAEError
 
 VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 BASE = "base_"  # before the names of the base VAE's tensors in a DA-VAE
@@ -47,11 +48,27 @@ def base_vae(path: Path) -> Autoencoder:
 
 
 def base_of_file(path: Path, config: AutoencoderConfig, family: str = "") -> bases.Base:
-    """Which base model the VAE in a file belongs to: :func:`davae_core.bases.base_of`; a DA-VAE's, by its units."""
-    told = dict(open_any(path).told)
-    if metadata.kind_of(told) == "autoencoder" and not family:
-        latent, _ = metadata.latent_of(metadata.parse(told, "autoencoder", path.name), path.name)
-        normalisation = latent.base_shift, latent.base_scale
-        known = bases.base_of_latent(config.latent_channels, config.factor, normalisation)
-        family = known.name if known else ""
-    return bases.base_of(config, family, told)
+    """Which base model the VAE in a file belongs to.
+
+    Args:
+        path: the file or folder: a VAE alone, in a checkpoint, or a DA-VAE.
+        config: its shapes.
+        family: the recipe's word for it, a key of :data:`davae_core.bases.BASES`; "" leaves it to the file, see
+            :func:`davae_core.checkpoints.belonging.belonging`, and then to the shapes.
+
+    Raises:
+        DAVAEError: file and ``family`` contradict each other, nothing tells which of several it is, or what is told
+            does not fit the shapes.
+    """
+    opened = open_any(path)
+    told = belonging(opened, config)
+    with files.naming(path.name):
+        base = bases.base_of(config, family or told.name)
+    if told.title and told.name != base.name:
+        raise DAVAEError(
+            f"{path.name} holds the VAE of {told.title} (told by {told.by}), but --family {base.name} asks for that of "
+            f"{base.title}: the same shapes, other units. Give the VAE of {base.title}, or take --family {told.name}, "
+            f"or a recipe for {told.title}. If the file is wrong about itself: python -m "
+            f"davae_core.checkpoints.convert {path.name} right.safetensors --part vae --family {base.name}"
+        )
+    return base

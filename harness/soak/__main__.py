@@ -169,11 +169,13 @@ def show(seed: int, number: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; 1 where something was found."""
     parser = argparse.ArgumentParser(prog="dev.py soak", description=__doc__)
-    parser.add_argument("--files", type=int, default=20_000, help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all of them (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help="stop after so long")
+    parser.add_argument("--files", type=int, default=20_000, help="files to read (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop after this many minutes")
     parser.add_argument("--workers", type=int, default=1, help="processes at the same time (default: %(default)s)")
-    parser.add_argument("--state", type=Path, default=Path("output/soak.json"), help="to go on from (%(default)s)")
+    parser.add_argument(
+        "--state", type=Path, default=Path("output/soak.json"), help="file to go on from (default: %(default)s)"
+    )
     parser.add_argument("--only", type=int, metavar="N", help="one file of the seed, with its traceback")
     parser.add_argument("--write", action="store_true", help=f"put the row into {RELIABILITY.name}")
     options = parser.parse_args(argv)

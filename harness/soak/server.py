@@ -304,8 +304,10 @@ def write(document: Path, line: str, version: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; 1 where something was found."""
     parser = argparse.ArgumentParser(prog="dev.py soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="how long, about (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of what happens (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=10, help="about how many minutes to run (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help=f"put the row into {RELIABILITY.name}")
     options = parser.parse_args(argv)
     counts = soak(options.minutes, options.seed)

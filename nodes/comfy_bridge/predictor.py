@@ -20,8 +20,8 @@ KIND = "latent_upscale_models"
 # On the DA-VAE's own patcher: the last predictor that it was used with, which goes with it.
 _KEPT = "davae_predictor"
 
-# A block's input, norm and convolution, and what the kernels take; in maps of the network's width.
-_HELD = 4
+# A block's input, norm and convolution, and what the kernels take: 5 to 7 maps of the network's width were measured.
+_HELD = 8
 
 
 def predict_detail(davae: AutoencoderHandle, name: str, z_base: torch.Tensor) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_units_are_those_of_comfyui(comfy, base_model):
     assert torch.allclose(spec.normalise_base(z), theirs.process_in(z), atol=1e-6)
 
 
-@pytest.mark.parametrize("base_model", [bases.SD1, bases.SDXL, bases.SD3], ids=lambda b: b.name)
+@pytest.mark.parametrize("base_model", [bases.SD1, bases.SDXL, bases.SD3, bases.FLUX1], ids=lambda b: b.name)
 def test_previews_show_the_base_in_its_own_models_colours(comfy, base_model):
     import latent_preview
     from comfy import latent_formats

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import memory
 from davae_core import checkpoints
 from davae_core.history import History, identity
 from davae_core.predictor import DetailPredictor, PredictorConfig
@@ -111,6 +112,19 @@ def test_the_file_is_read_once_for_many_latents_and_anew_when_it_is_replaced(run
     write(name, toys.family, DetailPredictor(replace(other.config, latent=toys.family.latent)))
     again = result(0)
     assert len(read) == 2 and not torch.equal(first[:, 16:], again[:, 16:])
+
+
+def test_comfyui_is_asked_for_what_will_be_used(run, toys, monkeypatch):
+    management = next(module for name, module in sys.modules.items() if name == "comfy.model_management")
+    asked, load = [], management.load_models_gpu
+    monkeypatch.setattr(
+        management, "load_models_gpu", lambda *a, **b: asked.append(b.get("memory_required")) or load(*a, **b)
+    )
+    z, model = torch.randn(1, 16, 192, 160), toys.family.predictor().requires_grad_(False)
+    run(lambda g: {"latent": predict(g, toys, constant(g))}, inputs={"latent": {"samples": z}})
+    model.complete(z)
+    used = memory.peak(lambda: model.complete(z), "cpu")
+    assert used <= asked[-1] <= 4 * used
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ SMALL = {  # what is added to each command, by its module and recipe
     "davae_core.training adapter sd35m_2048": ADAPTER.format(size=128),
     "davae_core.training latents": "--data.size 64",
     "davae_core.training predictor sd3_predictor": STEPS.format(size=64),
+    "davae_core.training autoencoder flux_vae_f16": STEPS.format(size=64),
+    "davae_core.training predictor flux_predictor": STEPS.format(size=64),
     "davae_core.training tiny_decoder sd3_tiny_decoder": STEPS.format(size=64),
     "davae_core.training autoencoder micro": f"{OWN} --losses.perceptual 0",
     "davae_core.training adapter micro": f"{OWN} --rank 4 --recommended.steps 2 --recommended.size 0",
@@ -105,6 +107,7 @@ def place(base: Path, comfyui: ComfyUI, tmp_path_factory: pytest.TempPathFactory
     }
     state = {prefix + name: t.half() for prefix, model in models.items() for name, t in model.state_dict().items()}
     files.save(place / sd35.CHECKPOINT, state, {})
+    files.save(place / "ae.safetensors", models["first_stage_model."].state_dict(), {})
     encoders = {sd35.CLIP_L: sd35.clip_state(768), sd35.CLIP_G: sd35.clip_state(1280), sd35.T5: sd35.t5_state()}
     for name, encoder in encoders.items():
         files.save(place / name, {key: tensor.half() for key, tensor in encoder.items()}, {})

@@ -15,6 +15,7 @@ from davae_core.bases import (
     SDXL,
     VAVAE,
     Base,
+    base_by_file_name,
     base_of,
     base_of_latent,
     normalisation_by_shape,
@@ -49,12 +50,34 @@ def test_sd1_and_sdxl_are_not_guessed() -> None:
         ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, SD1),
         ({"davae.base": "flux1"}, FLUX1),
         ({"modelspec.architecture": "flux-1-dev"}, FLUX1),
+        ({"modelspec.architecture": "lumina-2"}, FLUX1),
         ({"modelspec.architecture": "stable-diffusion-v3.5-medium"}, SD3),
     ],
 )
 def test_the_metadata_of_the_file_tells_them_apart(metadata: dict[str, str], base: object) -> None:
     vae = SD_VAE if base in (SD1, SDXL) else SD3_VAE
     assert base_of(vae, metadata=metadata) is base
+
+
+@pytest.mark.parametrize(
+    ("file", "base"),
+    [
+        ("ae.safetensors", "flux1"),
+        ("FLUX.1-dev_vae.safetensors", "flux1"),
+        ("flux1-dev-fp8.safetensors", "flux1"),
+        ("z_image_turbo.safetensors", "flux1"),
+        ("sd3_vae.safetensors", "sd3"),
+        ("sd3.5_medium.safetensors", "sd3"),
+        ("stable-diffusion-3.5-large", "sd3"),
+        ("vae.safetensors", ""),
+        ("ae2.safetensors", ""),
+        ("illuminati_influx.safetensors", ""),  # words, not letters in others
+        ("sd3_to_flux.safetensors", ""),  # of two names neither counts
+    ],
+)
+def test_the_name_of_the_file_tells_flux_from_sd3(file: str, base: str) -> None:
+    assert base_by_file_name(SD3_VAE, file) == base
+    assert base_by_file_name(SD_VAE, file) == ""  # the shapes have to fit
 
 
 def test_what_the_user_names_goes_before_the_metadata() -> None:

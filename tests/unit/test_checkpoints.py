@@ -541,14 +541,21 @@ def test_metadata_that_contradicts_the_shapes_is_told(
 ) -> None:
     path = written[kind]
     config = json.loads(files.read_metadata(path)[1]["davae.config"])
-    config["latent"] = {
-        key: config["latent"][key] for key in ("base_channels", "detail_channels", "scale", "base_factor")
-    }
-    config["latent"][setting] = value
+    kept = ("base_channels", "detail_channels", "scale", "base_factor", "base_shift", "base_scale")
+    config["latent"] = {key: config["latent"][key] for key in kept} | {setting: value}
     message = message_of(LOADERS[kind], rewrite(path, davae_config=json.dumps(config)))
     assert message.startswith(path.name)
     assert told in message
     assert "the file is damaged" in message
+
+
+@pytest.mark.parametrize("missing", ["base_shift", "base_scale"])
+def test_a_latent_without_its_units_is_not_taken_for_sd3s(written: dict[str, Path], missing: str) -> None:
+    path = written["autoencoder"]
+    config = json.loads(files.read_metadata(path)[1]["davae.config"])
+    del config["latent"][missing]
+    message = message_of(LOADERS["autoencoder"], rewrite(path, davae_config=json.dumps(config)))
+    assert f"latent.{missing} is not there" in message and "cannot be told which base model" in message
 
 
 @pytest.mark.parametrize(
@@ -680,14 +687,14 @@ def test_our_own_kinds_are_known_by_shapes_and_by_tensors(written: dict[str, Pat
 @pytest.mark.parametrize(
     ("shapes", "kind"),
     [
-        ({"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "sd3 vae"),
+        ({"decoder.conv_in.weight": (512, 16, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "vae"),
         ({"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "vae"),
         (
             {
                 "first_stage_model.decoder.conv_in.weight": (512, 16, 3, 3),
                 "first_stage_model.encoder.conv_in.weight": (128, 3, 3, 3),
             },
-            "sd3 vae",
+            "vae",
         ),
         ({"input_blocks.0.0.weight": (320, 4, 3, 3)}, "unet"),
         (

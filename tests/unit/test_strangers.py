@@ -495,7 +495,7 @@ def test_files_follow_the_umask(tmp_path: Path, mmdit: MMDiT, adapter_file: Path
 
 def test_the_vae_of_flux_keeps_its_units_through_every_layout(tmp_path: Path, toy_vae: Any) -> None:
     """Its shapes are SD3's; what tells them apart is said, by the file or the user."""
-    vae, folder = tmp_path / "ae.safetensors", tmp_path / "flux"
+    vae, folder = tmp_path / "vae.safetensors", tmp_path / "folder"
     files.save(vae, Autoencoder(toy_vae).state_dict(), {})
     convert.main([str(vae), str(tmp_path / "told.safetensors"), "--family", "flux1"])
     assert files.read_metadata(tmp_path / "told.safetensors")[1]["davae.base"] == "flux1"

@@ -24,11 +24,11 @@ class Steps:
     """Optimiser steps of each group."""
 
     adapter: int = 1500
-    """Of a stage-2 training."""
+    """Steps of a stage-2 training."""
     latent: int = 1000
-    """Of a stage-1 training."""
+    """Steps of a stage-1 training."""
     decoder: int = 400
-    """Of a decoder that is trained on."""
+    """Steps of a training of the decoder alone."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class BenchConfig:
     """"group/name", or a whole group: adapter, latent, decoder, sampling; everything where nothing is named. A
     group's control always runs."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Random seeds of the trainings; each variant runs once with each. Also of the noise that is drawn from."""
+    """Random seeds of the trainings; each variant runs once with each. They also seed the noise of the drawings."""
     steps: Steps = Steps()
     batch: int = 64
     """Images in a step of stage 2."""
@@ -64,7 +64,7 @@ class BenchConfig:
     adapter: Path = FILES["adapter"]
     """The adapter of the decoder and sampling groups."""
     precision: Precision = "auto"
-    """Of the trainings, as --run.precision."""
+    """Precision of the trainings, as --run.precision."""
     compile: bool = False
     """Compile the model of stage 2 with torch.compile: worth it from about a thousand steps."""
     quick: bool = False

@@ -20,6 +20,7 @@ from .phases import Counted, count
 from .skeletons import Recipe
 
 USABLE = 0.9
+PLANNED = ("sd3", "flux")  # how the names of the full-size recipes begin whose models' shapes are known here
 TEXT_TOKENS = 77 + 256
 FACTORS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -32,13 +33,14 @@ class PlanConfig:
     gpus: int = 8
     """GPUs of all machines together."""
     memory: float = 80.0
-    """Of one GPU, in GB (10^9 bytes)."""
+    """Memory of one GPU in GB (10^9 bytes)."""
     images: str = "100k"
     """Images in the collection: a number, or one with k, M or B."""
     size: int = 0
     """Side of the images in pixels; 0: of the recipe."""
     recipe: str = ""
-    """A recipe of stage 1 or 2; without one: sd3_vae_f16, and sd35m_1024 or sd35m_2048, whichever is nearer in size."""
+    """Recipe to plan: any at full size, for SD3 or FLUX.1. Without one: sd3_vae_f16, and sd35m_1024 or
+    sd35m_2048, whichever is nearer in size."""
     micro_batch: int = 0
     """Images at once on one GPU; 0: as many as fit."""
     shard: bool = False
@@ -193,9 +195,9 @@ def chosen(config: PlanConfig) -> dict[str, Recipe]:
     """
     known: dict[str, Recipe] = {
         name: recipe
-        for stage in ("autoencoder", "adapter")
+        for stage in ("autoencoder", "adapter", "predictor", "tiny_decoder")
         for name, (_, recipe) in STAGES[stage].recipes.items()
-        if name.startswith("sd3")
+        if name.startswith(PLANNED)
     }
     second: Literal["sd35m_1024", "sd35m_2048"] = "sd35m_2048" if config.size > 1448 else "sd35m_1024"
     names = [config.recipe] if config.recipe else ["sd3_vae_f16", second]

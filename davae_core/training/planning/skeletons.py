@@ -1,4 +1,4 @@
-"""The tasks of stage 1 and 2 with models of the right shapes and no files: SD3.5-medium and the VAE of SD3."""
+"""The tasks with models of the right shapes and no files: SD3.5-medium, and the VAE of SD3 or FLUX.1."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,18 +9,21 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...autoencoder import Autoencoder, AutoencoderConfig
-from ...bases import SD3
+from ...bases import BASES, SD3
 from ...davae import DAVAE, DAVAEConfig
 from ...embeddings import Embeddings, Encoded
 from ...mmdit import MMDiT, MMDiTConfig
 from ...perceptual import perceptual_shape
 from ..run.launch import Images
-from ..tasks import adapter, autoencoder
+from ..tasks import adapter, autoencoder, predictor, tiny_decoder
 from ..tasks.adapter import AdapterRecipe, AdapterTask
 from ..tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
+from ..tasks.predictor import PredictorRecipe, PredictorTask
+from ..tasks.tiny_decoder import TinyDecoderRecipe, TinyDecoderTask
 
 Module = TypeVar("Module", bound=nn.Module)
-Recipe = AdapterRecipe | AutoencoderRecipe
+Recipe = AdapterRecipe | AutoencoderRecipe | PredictorRecipe | TinyDecoderRecipe
+Task = AdapterTask | AutoencoderTask | PredictorTask | TinyDecoderTask
 
 
 class Prompts(Embeddings):
@@ -46,7 +49,7 @@ def task(
     text: int,
     model: MMDiTConfig | None = None,
     base: AutoencoderConfig | None = None,
-) -> AdapterTask | AutoencoderTask:
+) -> Task:
     """A recipe's task on the device that tensors are made on.
 
     Args:
@@ -57,10 +60,19 @@ def task(
     """
     run = replace(recipe.run, compile=False)
     base = base or AutoencoderConfig()
-    if isinstance(recipe, AutoencoderRecipe):
+    if not isinstance(recipe, AdapterRecipe):
         network = recipe.losses.network
         distance = empty(lambda: perceptual_shape(network)) if recipe.losses.perceptual else None
-        parts = autoencoder.Parts(empty(lambda: Autoencoder(base)), SD3, distance)
+    if isinstance(recipe, TinyDecoderRecipe):
+        whole = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
+        plain = replace(recipe, run=run, start=None, perceptual_start=0)
+        return TinyDecoderTask(plain, images, tiny_decoder.Parts(whole, distance=distance))
+    if isinstance(recipe, PredictorRecipe):
+        whole = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
+        return PredictorTask(replace(recipe, run=run, start=None), images, predictor.Parts(whole, distance=distance))
+    if isinstance(recipe, AutoencoderRecipe):
+        family = BASES.get(recipe.family, SD3)
+        parts = autoencoder.Parts(empty(lambda: Autoencoder(base)), family, distance)
         made = AutoencoderTask(replace(recipe, run=run, start=None, freeze_detail=False), images, parts)
         if recipe.freeze_detail:
             autoencoder.freeze_detail(made.model, recipe)
@@ -72,8 +84,8 @@ def task(
     davae = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
     # Each step of sampling takes the same memory, and so does the second prediction of a guided one, but for a latent.
     told = replace(recipe.recommended, steps=1, cfg=1.0)
-    plain = replace(recipe, run=run, start=None, latents=None, recommended=told)
-    return AdapterTask(plain, images, adapter.Parts(davae, Prompts(text, shape), stored))
+    one_step = replace(recipe, run=run, start=None, latents=None, recommended=told)
+    return AdapterTask(one_step, images, adapter.Parts(davae, Prompts(text, shape), stored))
 
 
 def empty(build: Callable[[], Module]) -> Module:

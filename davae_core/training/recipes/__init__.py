@@ -1,10 +1,10 @@
 """All recipes by the name they have on a command line: name to (one line about it, recipe)."""
 
-from . import imagenet, sd3_vae, sd35m, tiny
+from . import flux_vae, imagenet, sd3_vae, sd35m, tiny
 
 BASE_AUTOENCODER = tiny.BASE_AUTOENCODER
 BASE_DIT = tiny.BASE_DIT
-AUTOENCODER = tiny.AUTOENCODER | sd3_vae.AUTOENCODER | imagenet.AUTOENCODER
+AUTOENCODER = tiny.AUTOENCODER | sd3_vae.AUTOENCODER | flux_vae.AUTOENCODER | imagenet.AUTOENCODER
 ADAPTER = tiny.ADAPTER | sd35m.ADAPTER
-PREDICTOR = tiny.PREDICTOR | sd3_vae.PREDICTOR
-TINY_DECODER = tiny.TINY_DECODER | sd3_vae.TINY_DECODER
+PREDICTOR = tiny.PREDICTOR | sd3_vae.PREDICTOR | flux_vae.PREDICTOR
+TINY_DECODER = tiny.TINY_DECODER | sd3_vae.TINY_DECODER | flux_vae.TINY_DECODER

@@ -32,6 +32,7 @@ SD3_VAE_F16 = AutoencoderRecipe(
         precision="bf16",
     ),
     base=tyro.MISSING,
+    family="sd3",
     # Theirs: 1e-4 (the paper; the release's file says 1e-5), and from the release betas, decay, clipping and warm-up.
     # Ours: the average, because a constant rate leaves the last steps' noise in the weights; they keep none.
     optimiser=OptimiserConfig(lr=1e-4, betas=(0.9, 0.99), weight_decay=1e-4, clip=1.0, warmup=1000, ema=0.999),
@@ -63,24 +64,27 @@ SD3_VAE_F16_ROBUST = replace(
     latent_noise=0.5,
 )
 
-# All of it is ours: nobody has published a predictor. Seven million parameters. The planner does not count it: images
-# go through the frozen decoder with gradients, one by one, and how much memory that takes has not been measured.
+# All of it is ours: nobody has published a predictor. Seven million parameters; what takes memory is the frozen decoder
+# that gradients go through. Two images at a time take 15 GB; without recomputation one alone takes 25.
 SD3_PREDICTOR = PredictorRecipe(
     data=SD3_VAE_F16.data,
-    run=replace(SD3_VAE_F16.run, out=Path("output/sd3_predictor"), steps=10_000, batch=32, micro_batch=1),
+    run=replace(SD3_VAE_F16.run, out=Path("output/sd3_predictor"), steps=10_000, batch=32),
     autoencoder=tyro.MISSING,
+    family="sd3",
     optimiser=OptimiserConfig(lr=3e-4, betas=(0.9, 0.99), warmup=500, schedule="cosine", ema=0.999),
     losses=ReconstructionConfig(l1=1.0, perceptual=1.0, network="st-lpips-vgg", kl=0.0),
     width=256,
     blocks=6,
+    gradient_checkpointing=True,
     file="sd35_predictor.safetensors",
 )
 
 # Ours, too, but for the layout and the width, which are TAESD's (github.com/madebyollin/taesd). The decoder that it
-# learns from runs without gradients, in strips where an image is large. Not tried at this size.
+# learns from runs without gradients, in strips where an image is large. Four images at a time take 20 GB. Not tried at
+# this size.
 SD3_TINY_DECODER = TinyDecoderRecipe(
     data=SD3_VAE_F16.data,
-    run=replace(SD3_VAE_F16.run, out=Path("output/sd3_tiny_decoder"), steps=20_000, batch=32, micro_batch=1),
+    run=replace(SD3_VAE_F16.run, out=Path("output/sd3_tiny_decoder"), steps=20_000, batch=32, micro_batch=4),
     autoencoder=tyro.MISSING,
     optimiser=OptimiserConfig(lr=5e-4, betas=(0.9, 0.99), warmup=500, schedule="cosine", ema=0.999),
     losses=ReconstructionConfig(l1=1.0, l2=2.0, perceptual=1.0, network="st-lpips-vgg", kl=0.0),

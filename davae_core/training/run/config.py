@@ -50,10 +50,10 @@ class RunConfig:
     micro_batch: int = 0
     """Images that one device takes at once; its share of the batch is cut into such parts. 0: the whole share."""
     seed: int = 0
-    """Of everything random. What step n sees and draws depends on the seed and n alone."""
+    """Random seed. What step n sees and draws depends on the seed and n alone."""
     precision: Precision = "auto"
-    """Of the forward and backward pass (weights and optimiser stay in fp32). auto: bf16 where the device is faster in
-    it (GPUs, CPUs with AMX), fp32 elsewhere; a CPU that has to emulate bf16 is some thirty times slower in it."""
+    """Precision of the forward and backward pass; weights and optimiser stay in fp32. auto: bf16 where the device is
+    faster in it (GPUs, CPUs with AMX), fp32 elsewhere; a CPU that emulates bf16 is about thirty times slower in it."""
     compile: bool = False
     """Compile the model with torch.compile."""
     resume: bool = False
@@ -67,7 +67,7 @@ class RunConfig:
     """Steps between two checkpoints that stay: the state and the exported files, in a folder step_0040000; 0 for
     none."""
     keep_last: int = 0
-    """Keep no more than so many of these checkpoints, the newest; 0 keeps all."""
+    """Number of these checkpoints to keep, the newest ones; 0 keeps all."""
     log_every: int = 10
     """Steps between two points in TensorBoard."""
     sample_every: int = 500
@@ -81,7 +81,7 @@ class RunConfig:
     """Text file with the prompts of the sample sheets, one a line, with "--d SEED" at the end for a seed other than
     the prompt's number. Without it the captions of the first held-out images are drawn, or those of the batch."""
     bad_steps: int = 20
-    """A step whose loss or gradient is not finite is skipped; after so many in a row the training stops."""
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the training stops."""
 
     def __post_init__(self) -> None:
         if self.keep_every < 0 or self.keep_last < 0:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ... import checkpoints, flow, tiny
+from ... import bases, checkpoints, flow, tiny
 from ... import sampling as sampler
 from ...adapter import PAPER_TARGETS, Adapter, Recommended
 from ...davae import DAVAE
@@ -41,6 +41,7 @@ from ..text.asked import read_prompts
 from ..text.captions import thinned
 from . import pieces, sheets
 from .adapted import AdaptedModel
+from .begin import check_family
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class Parts:
     def read(cls, recipe: AdapterRecipe) -> "Parts":
         """Out of the recipe's files."""
         davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32)
+        check_family(davae.latent, bases.SD3, recipe.autoencoder.name, "the model (--model) draws latents of SD3")
         text = source(recipe.text_encoder, recipe.embeddings)
         model = pretrained.diffusion_model(recipe.model)
         of: dict[Role, Identity] = {

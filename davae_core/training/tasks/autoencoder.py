@@ -16,7 +16,7 @@ from torch import nn
 from ... import checkpoints, tiny
 from ...adapter import Recommended
 from ...alignment import alignment_loss
-from ...autoencoder import AttnBlock, Autoencoder, Downsample, ResnetBlock, Upsample
+from ...autoencoder import Autoencoder
 from ...bases import Base
 from ...davae import DAVAE
 from ...errors import DAVAEError
@@ -34,9 +34,9 @@ from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from . import pieces
-from .begin import Units, on_base, start_from
+from .begin import Units, check_units, on_base, start_from
 from .critic import CriticConfig, CriticPhase, PatchCritic, gradient_ratio
-from .recompute import recompute
+from .recompute import blocks_of, recompute
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class AlignmentConfig:
     """How strongly the detail latent is drawn to the base latent (eq. 3-4)."""
 
     weight: float = 0.2
-    """Of the alignment loss; 0 for none."""
+    """Weight of the alignment loss; 0 for none."""
     adaptive: bool = False
     """Multiply the weight by the ratio of the gradients of the other losses and of the alignment, on the last layer of
     the detail encoder."""
@@ -57,10 +57,11 @@ class AutoencoderRecipe:
     data: DataConfig
     run: RunConfig
     base: Path
-    """File of the base VAE (LDM layout: SD1, SDXL, SD3, VA-VAE), or of a checkpoint with it."""
+    """File of the base VAE (LDM layout: SD1, SDXL, SD3, FLUX.1, VA-VAE), or of a checkpoint with it."""
     family: str = ""
-    """The base model whose VAE it is: sd1, sdxl, sd3 or vavae, which decides the units of the base latent. "" asks the
-    file's metadata, then the shapes; only SD1 and SDXL cannot be told apart by these."""
+    """Base model whose VAE it is: sd1, sdxl, sd3, flux1 or vavae. It decides the units of the base latent; a file that
+    says otherwise is refused. "" asks the file's metadata and name, then the shapes, by which FLUX.1's VAE counts as
+    SD3's, and SD1's and SDXL's cannot be told apart."""
     start: Path | None = None
     """DA-VAE file whose weights the run starts from, on the same base VAE; otherwise from the base VAE's own parts."""
     optimiser: OptimiserConfig = OptimiserConfig(weight_decay=1e-4)
@@ -101,6 +102,7 @@ class AutoencoderPhase(Phase):
         self.model, self.recipe = model, recipe
         self.losses = Reconstruction(recipe.losses, distance)
         self.reconstructions: dict[int, torch.Tensor] = {}  # for the critic, by micro-batch
+        self._units_checked = False
         self._critic = (critic,)  # in a tuple: not a submodule, it is trained by its own phase
 
     def forward(self, batch: Batch, step: int) -> Losses:
@@ -109,6 +111,9 @@ class AutoencoderPhase(Phase):
         x = batch["image"]
         with torch.no_grad():
             z_base = pieces.encode_base(model, x).float()
+        if not self._units_checked:
+            self._units_checked = True
+            check_units(z_base, model.latent)
         moments = self.moments(x)
         draws = Draws(recipe.run.seed, step, batch["position"])
         z_detail = sampled(moments, draws.normal("latent", z_base.new_empty(moments.chunk(2, dim=1)[0].shape)))
@@ -205,11 +210,11 @@ class AutoencoderTask:
             self.model.set_base_units(*measured_units(self.model, images))
         start_certain(self.model.detail_down.conv)
         if recipe.start is not None:
-            start_from(self.model, recipe.start)
+            start_from(self.model, recipe.start, parts.family)
         if recipe.freeze_detail:
             freeze_detail(self.model, recipe)
         if recipe.gradient_checkpointing:
-            recompute(trained_blocks(self.model))
+            recompute(blocks_of(self.model.decoder, self.model.detail_trunk or nn.Identity()))
         if recipe.run.compile:
             for part in (self.model.base_encoder.mid, self.model.decoder.mid, *self.model.decoder.up):
                 part.compile()
@@ -285,13 +290,6 @@ def measured_units(model: DAVAE, images: Images) -> Units:
     mean, std = statistics(model.to(x.device).encode_base(x) for batch in images() for x in batch.split(1))
     shift, scale = (tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, 1 / std))
     return shift, scale
-
-
-def trained_blocks(model: DAVAE) -> list[nn.Module]:
-    """The blocks that gradients go through and that hold most of what a backward pass needs."""
-    parts = (model.decoder, model.detail_trunk or nn.Identity())
-    kinds = (ResnetBlock, AttnBlock, Upsample, Downsample)
-    return [module for part in parts for module in part.modules() if isinstance(module, kinds)]
 
 
 def freeze_detail(model: DAVAE, recipe: AutoencoderRecipe) -> None:

@@ -36,7 +36,7 @@ class BaseAutoencoderRecipe:
     losses: ReconstructionConfig = ReconstructionConfig(perceptual=0.0)
     model: AutoencoderConfig = AutoencoderConfig()
     family: str = ""
-    """The base model whose units the latent is made for (sd1, sdxl, sd3, vavae); "" tells it from the shapes."""
+    """The base model whose units the latent is made for (sd1, sdxl, sd3, flux1, vavae); "" tells it from the shapes."""
 
 
 class BaseAutoencoderPhase(Phase):

@@ -83,7 +83,8 @@ class BaseDiTTask:
     def __init__(self, recipe: BaseDiTRecipe, images: Images) -> None:
         self.recipe = recipe
         self.autoencoder = pretrained.base_vae(recipe.autoencoder).requires_grad_(False)
-        self.shift, self.scale = bases.SD3_SHIFT, bases.SD3_SCALE
+        family = pretrained.base_of_file(recipe.autoencoder, self.autoencoder.config, bases.SD3.name)
+        self.shift, self.scale = family.normalisation or (0.0, 1.0)  # SD3's, as ComfyUI takes them for such a model
         captions = [caption for source in sources.index(recipe.data.images) for caption in source.captions]
         if not any(captions):
             raise DAVAEError("none of the images has a caption; put a .txt beside each image")

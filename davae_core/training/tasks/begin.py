@@ -1,14 +1,19 @@
-"""A DA-VAE as its training begins: on a base VAE, or out of a trained one."""
+"""A DA-VAE as its training begins: on a base VAE, or out of a trained one; and whether its units are the right ones."""
 
+import logging
+import math
 from pathlib import Path
 
 import torch
 
 from ... import checkpoints
 from ...autoencoder import Autoencoder
+from ...bases import BASES, Base, base_of_latent
 from ...davae import DAVAE, DAVAEConfig
 from ...errors import DAVAEError
 from ...latent import LatentSpec
+
+logger = logging.getLogger(__name__)
 
 Units = tuple[float | tuple[float, ...], float | tuple[float, ...]]
 
@@ -43,13 +48,13 @@ def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bo
     return model
 
 
-def start_from(model: DAVAE, path: Path) -> None:
+def start_from(model: DAVAE, path: Path, family: Base) -> None:
     """Give ``model`` the weights of a trained DA-VAE, and the units of the base latent that these were trained in; the
     base VAE's weights stay its own.
 
     Raises:
         CheckpointError: the file is no DA-VAE.
-        DAVAEError: it is a DA-VAE of another shape or on another base VAE.
+        DAVAEError: it is a DA-VAE of another shape, on another base VAE, or in the units of another than ``family``.
     """
     trained = checkpoints.load_autoencoder(path, torch.float32)
     own, new = model.state_dict(), trained.state_dict()
@@ -61,6 +66,61 @@ def start_from(model: DAVAE, path: Path) -> None:
         raise DAVAEError(f"{path.name} is a DA-VAE of another shape than this recipe makes; it differs in {other[0]}")
     if any(not torch.allclose(own[n], new[n], atol=2e-3, rtol=2e-3) for n in own if n.startswith("base_encoder.")):
         raise DAVAEError(f"{path.name} was made on another base VAE than this recipe's; give the one it was made on")
+    check_family(trained.latent, family, path.name)
     model.load_state_dict({n: own[n] if n.startswith("base_") else new[n] for n in own})
     model.set_base_units(trained.latent.base_shift, trained.latent.base_scale)
     model.set_detail_statistics(trained.latent.detail_mean, trained.latent.detail_std)
+
+
+def check_family(latent: LatentSpec, family: Base, file: str, asked: str = "") -> None:
+    """Raise DAVAEError where a DA-VAE's latent has the units of another base model than ``family``.
+
+    Args:
+        latent: of the DA-VAE.
+        family: the base model that is wanted.
+        file: the DA-VAE's, for the message.
+        asked: what speaks for it, for the message, in place of ``--family``.
+    """
+    told, units = _base_in_units(latent), (latent.base_shift, latent.base_scale)
+    if told is not None and family.normalisation is not None and told.name != family.name:
+        other = "" if asked else f", or take --family {told.name} or a recipe for {told.title}"
+        raise DAVAEError(
+            f"{file} is a DA-VAE on the VAE of {told.title} (shift {units[0]}, scale {units[1]}), but "
+            f"{asked or f'--family {family.name} asks for that of {family.title}'}; give a DA-VAE on the VAE of "
+            f"{family.title}{other}"
+        )
+
+
+def check_units(z_base: torch.Tensor, latent: LatentSpec) -> None:
+    """Warn where base latents of images look like those of another base model of the same shapes.
+
+    In the right units their standard deviation is about 1: FLUX.1's latents in SD3's units have 4.2, the other way
+    round it is 0.24. SD1's and SDXL's are too near each other to be told apart so.
+
+    Args:
+        z_base: ``[B, C, h, w]`` in the autoencoder's units.
+        latent: the units that are taken for theirs.
+    """
+    own = _base_in_units(latent)
+    std = float(z_base.float().std())
+    scale = float(torch.as_tensor(latent.base_scale).mean())
+    if own is None or abs(math.log(max(scale * std, 1e-9))) <= math.log(2):
+        return
+    alike = [
+        base
+        for base in BASES.values()
+        if (base.latent_channels, base.factor) == (latent.base_channels, latent.base_factor) and base.normalisation
+    ]
+    stds = {base.name: base.normalisation[1] * std for base in alike if base.normalisation}
+    near = min(stds, key=lambda name: abs(math.log(max(stds[name], 1e-9))))
+    if near != own.name:
+        logger.warning(
+            "the base latents of the first images have standard deviation %.2f in the units of %s, where about 1 is "
+            "expected; in those of %s it is %.2f. If the base VAE is that of %s, stop, and begin again with --family "
+            "%s: what is trained now fits no diffusion model",
+            *(stds[own.name], own.title, BASES[near].title, stds[near], BASES[near].title, near),
+        )
+
+
+def _base_in_units(latent: LatentSpec) -> Base | None:
+    return base_of_latent(latent.base_channels, latent.base_factor, (latent.base_shift, latent.base_scale))

@@ -16,7 +16,7 @@ class CriticConfig:
     """The adversarial loss."""
 
     weight: float = 0.0
-    """Of the adversarial loss; 0 for none."""
+    """Weight of the adversarial loss; 0 for none."""
     adaptive: bool = False
     """Multiply the weight by the ratio of the gradients of the other losses and of the adversarial loss, on the
     decoder's last layer."""

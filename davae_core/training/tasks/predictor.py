@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ... import checkpoints, tiny
+from ... import bases, checkpoints, tiny
 from ...davae import DAVAE
 from ...errors import DAVAEError
 from ...held_out import flat, reconstruction_errors
@@ -29,6 +29,8 @@ from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from . import pieces
+from .begin import check_family
+from .recompute import blocks_of, recompute
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class PredictorRecipe:
     run: RunConfig
     autoencoder: Path
     """File of the DA-VAE."""
+    family: str | None = None
+    """Base model whose VAE the DA-VAE must stand on: sd1, sdxl, sd3, flux1 or vavae; without it any is taken."""
     start: Path | None = None
     """Predictor file whose weights the run starts from; otherwise from nothing."""
     optimiser: OptimiserConfig = OptimiserConfig(lr=1e-3, schedule="cosine")
@@ -49,13 +53,16 @@ class PredictorRecipe:
     latent: float = 1.0
     """Weight of the squared error of the latent, in the diffusion model's units."""
     losses: ReconstructionConfig = ReconstructionConfig(l1=1.0, perceptual=1.0, kl=0.0)
-    """Of the picture that the frozen decoder makes of base and predicted detail; with l1, l2 and perceptual at 0 none
-    is made."""
+    """Losses of the picture that the frozen decoder makes of base and predicted detail; none is made where l1, l2 and
+    perceptual are 0."""
     base_noise: float = 0.3
     """Most noise that is added to the base, in standard deviations; its level is drawn for each sample from 0 to this.
     Drawn latents are not those of pictures."""
     keep_latents: bool = False
     """Keep the latents of all images in memory."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the decoder's blocks for the backward pass and compute the rest again: less memory, more
+    time."""
     file: str = tiny.PREDICTOR
     """Name of the file that the run leaves in its folder."""
 
@@ -113,6 +120,8 @@ class Parts:
     def read(cls, recipe: PredictorRecipe) -> "Parts":
         """Out of the recipe's files."""
         davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32)
+        if recipe.family:
+            check_family(davae.latent, bases.base_of(davae.config.base, recipe.family), recipe.autoencoder.name)
         of: dict[Role, Identity] = {"davae": identity("davae", davae.state_dict(), recipe.autoencoder.name)}
         if recipe.start is None:
             return cls(davae, of=of)
@@ -138,6 +147,8 @@ class PredictorTask:
         if parts.start is not None:
             check_continues(parts.start.config, self.model.config)
             self.model.load_state_dict(parts.start.state_dict())
+        if recipe.gradient_checkpointing:
+            recompute(blocks_of(self.davae.decoder))
         if recipe.run.compile:
             self.model.compile()
         config = recipe.losses

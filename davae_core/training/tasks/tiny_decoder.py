@@ -83,18 +83,22 @@ class TinyDecoderPhase(Phase):
         (davae,) = self._davae
         return pieces.decode(davae, z).float().clamp(-1, 1)
 
+    def kept(self, x: torch.Tensor, z: torch.Tensor, faded: torch.Tensor) -> torch.Tensor:
+        """The pictures of images' latents ``z``, remembered but for the ``faded [B]`` ones."""
+        pictures = self.pictures(x)
+        if faded.any():
+            pictures[faded] = self.decode(z[faded])
+        return pictures
+
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
         (davae,), recipe = self._davae, self.recipe
         draws = Draws(recipe.run.seed, step, batch["position"])
-        z, wanted, spec = self.latents(batch["image"]), self.pictures(batch["image"]), davae.latent
-        faded = draws.uniform("fade").to(z.device) < recipe.detail_faded
-        if faded.any():
-            base, detail = spec.split(z[faded])
-            strength = draws.uniform("strength").to(z)[faded].view(-1, 1, 1, 1)
-            z, wanted = z.clone(), wanted.clone()
-            z[faded] = torch.cat([base, detail * strength], dim=1)
-            wanted[faded] = self.decode(z[faded])
+        spec, faded = davae.latent, draws.uniform("fade") < recipe.detail_faded
+        base, detail = spec.split(self.latents(batch["image"]))
+        strength = torch.where(faded, draws.uniform("strength"), 1.0).to(detail).view(-1, 1, 1, 1)
+        z = torch.cat([base, detail * strength], dim=1)
+        wanted = self.kept(batch["image"], z, faded) if recipe.keep_latents else self.decode(z)
         level = recipe.latent_noise * draws.uniform("level").to(z).view(-1, 1, 1, 1)
         y = self.model(spec.normalise(z) + level * draws.normal("noise", z))
         return (self.loss if step >= recipe.perceptual_start else self.pixels)(wanted, y)

@@ -32,7 +32,7 @@ class InstallConfig:
     """Which family, and where to."""
 
     size: Literal["micro", "tiny"] = "tiny"
-    """Of the family, trained into output/tiny/SIZE."""
+    """Size of the family, trained into output/tiny/SIZE."""
     into: Path = Path(tiny.__file__).parent
     """Folder with a folder for each kind of model."""
 

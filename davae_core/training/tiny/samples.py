@@ -29,7 +29,7 @@ class SamplesConfig:
     columns: int = 16
     """Pictures in a row."""
     seed: int = 0
-    """Of the noise."""
+    """Noise seed."""
     out: Path = SHEET
     """JPEG file to write."""
 
