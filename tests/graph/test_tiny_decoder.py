@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from davae_core import checkpoints
+from davae_core import checkpoints, tiny
 from davae_core.latent import LatentSpec
 from davae_core.tiny_decoder import TinyDecoder, TinyDecoderConfig, decode_bytes
 from harness.graph import Graph
@@ -247,3 +247,28 @@ def test_with_little_memory_it_works_in_strips_and_gives_the_same(run, toys, dec
     assert calls == [64] and (plenty - little["image"]).abs().max() <= 1e-4
     config = TinyDecoderConfig(toys.family.latent, WIDTHS)
     assert decode_bytes(config, 4096, 512, 4, 64) < 0.5 * decode_bytes(config, 4096, 512, 4)
+
+
+# The one that ships
+
+
+def test_the_shipped_one_previews_and_decodes_the_tiny_family(comfy, toys, method):
+    """The last preview is the picture; and the full decoder's picture is near."""
+    method("auto")
+    g = Graph()
+    model = g.node("DAVAE_TinySD35")
+    davae = g.node("DAVAE_Loader", davae_name=tiny.AUTOENCODER, dtype="fp32")
+    prompts = [g.node("CLIPTextEncode", clip=model[1], text=text) for text in ("3d peach", "")]
+    adapted = g.node("DAVAE_Adapter", model=model, adapter_name=tiny.ADAPTER, strength=1.0)
+    node = toys.sampler(g, adapted, steps=8, cfg=1.5)
+    g.prompt[node.id]["inputs"] |= {"positive": prompts[0][0], "negative": prompts[1][0]}
+    for name in ("full", tiny.DECODER):
+        image = g.node("DAVAE_DetailDecode", samples=node, davae=davae[2], detail_strength=1.0, decoder=name)
+        g.node("HarnessCapture", value=image, key=name)
+    result = comfy.run(g.prompt)
+    full, fast = result.captured["full"][0], result.captured[tiny.DECODER][0]
+    shown = torch.from_numpy(np.array(result.previews[-1])) / 255
+    assert shown.shape == full.shape == (128, 128, 3)
+    assert (shown - fast).abs().max() < 0.01
+    assert (fast - full).square().mean() < 0.006  # 22 dB
+    assert full.std() > 0.1

@@ -51,7 +51,7 @@ class TinyDecoderRecipe:
     """Step at which the perceptual distance begins to count: before, steps take a small part of the time."""
     latent_noise: float = 0.3
     """Most noise that is added to the latents, in standard deviations; its level is drawn for each sample from 0 to
-    this. The picture to learn is that without noise: previews show latents that are not those of pictures yet."""
+    this. The picture to learn is that without noise, for previews show latents that are not those of pictures yet."""
     detail_faded: float = 0.1
     """Share of samples whose detail is weakened, by a factor drawn from 0 to 1: early previews, and Detail Decode below
     full strength."""

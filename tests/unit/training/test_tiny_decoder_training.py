@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from davae_core import checkpoints, tiny
 from davae_core.checkpoints import files, metadata
-from davae_core.davae import DAVAE
+from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.errors import DAVAEError
+from davae_core.latent import LatentSpec
+from davae_core.mmdit import MMDiT, MMDiTConfig
+from davae_core.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from davae_core.training import stages as entry
 from davae_core.training.objective import Reconstruction
 from davae_core.training.run import state
@@ -93,6 +97,24 @@ def test_the_perceptual_distance_counts_from_its_step_on(stages: Any) -> None:
     batch = {"image": torch.rand(2, 3, 32, 32) * 2 - 1, "position": torch.arange(2)}
     before, after = (phase(batch, step) for step in (4, 5))
     assert before["loss"] < 10 * before["l1"] and after["loss"] > 90 * after["l1"] > 0
+
+
+@pytest.mark.parametrize("size", [1024, 2048])
+def test_a_preview_takes_two_percent_of_a_step_at_full_size(size: int) -> None:
+    """Of the arithmetic of a guided step of SD3.5-medium; and of a decode much less than a tenth."""
+    widths = entry.STAGES["tiny_decoder"].recipes["sd3_tiny_decoder"][1].widths
+    flops = []
+    with torch.device("meta"), torch.no_grad():
+        model = MMDiT(MMDiTConfig(in_channels=32, out_channels=32))
+        davae, decoder = DAVAE(DAVAEConfig()), TinyDecoder(TinyDecoderConfig(LatentSpec(), widths))
+        z = torch.empty(1, 32, size // 16, size // 16)
+        text = torch.empty(1), torch.empty(1, 333, 4096), torch.empty(1, 2048)
+        for work in (lambda: model(z, *text), lambda: davae.decode(z), lambda: decoder(z)):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            flops.append(counter.get_total_flops())
+    prediction, decode, preview = flops
+    assert 0.01 < preview / (2 * prediction) < 0.02 and preview / decode < 0.02
 
 
 def test_a_file_tells_which_davae_it_is_for(stages: Any, tmp_path: Path) -> None:
