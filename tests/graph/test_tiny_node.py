@@ -11,6 +11,7 @@ from harness.headless import HeadlessComfy
 
 FILES = {
     "diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER, "vae": tiny.AUTOENCODER, "loras": tiny.ADAPTER,
+    "vae_approx": tiny.DECODER,
 }  # fmt: skip
 
 

@@ -1,11 +1,20 @@
 """The tiny family that ships draws what it is asked for: a regression test with trained weights, in the small."""
 
-import pytest
+from pathlib import Path
 
-from davae_core.evaluation import generate
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from davae_core import images, tiny
+from davae_core.checkpoints import load_tiny_decoder
+from davae_core.evaluation import decoding, generate
 from davae_core.evaluation.family import Family, load_family
 from davae_core.evaluation.recall import choose, draw, judge
+from davae_core.evaluation.reconstruction import available_metrics
 from davae_core.evaluation.references import References, split
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +35,19 @@ def test_it_composes_four_captions_it_was_not_trained_on(shipped: Family, refere
     pictures = draw(shipped, "adapted", prompts, 0, generate.adapted_sampling(shipped), 4)
     verdicts = judge(pictures, [prompt.caption for prompt in prompts], references)
     assert sum(verdict.name for verdict in verdicts) >= 3, verdicts
+
+
+def test_its_tiny_decoder_is_near_its_joint_decoder_and_much_smaller(shipped: Family) -> None:
+    """On pictures that it has drawn."""
+    decoder = load_tiny_decoder(tiny.FOLDERS["vae_approx"] / tiny.DECODER, torch.float32)
+    sheet = images.read_image(Path(tiny.__file__).with_name("samples.jpg"))
+    told = decoding.compare(shipped.davae, decoder, images.parts(sheet, 128)[:24].split(8), available_metrics(CPU)[0])
+    assert told["tiny_to_joint"]["psnr"] > 24
+    if "st-lpips-alex" in told["tiny_to_joint"]:
+        assert told["tiny_to_joint"]["st-lpips-alex"] <= decoding.ALEX
+    flops = []
+    for work in (shipped.davae.decode, decoder.decode):
+        with FlopCounterMode(display=False) as counter:
+            work(torch.zeros(1, 32, 8, 8))
+        flops.append(counter.get_total_flops())
+    assert flops[1] < 0.1 * flops[0]
