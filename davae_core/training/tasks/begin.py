@@ -103,13 +103,10 @@ def check_units(z_base: torch.Tensor, latent: LatentSpec) -> None:
     """
     own = _base_in_units(latent)
     std = z_base.float().std()
-    if own is None or bool((latent.base_scale * std).log().abs() <= math.log(2)):
+    if own is None or own.normalisation is None or bool((own.normalisation[1] * std).log().abs() <= math.log(2)):
         return
-    alike = [
-        base
-        for base in BASES.values()
-        if (base.latent_channels, base.factor) == (latent.base_channels, latent.base_factor) and base.normalisation
-    ]
+    shape = (latent.base_channels, latent.base_factor)
+    alike = [base for base in BASES.values() if (base.latent_channels, base.factor) == shape]
     stds = {base.name: base.normalisation[1] * float(std) for base in alike if base.normalisation}
     near = min(stds, key=lambda name: abs(math.log(max(stds[name], 1e-9))))
     if near != own.name:
