@@ -36,7 +36,7 @@ def resident() -> tuple[int, int]:
 def forget_peak() -> None:
     """Let the peak begin anew, where the system can do that.
 
-    What the C library keeps of freed memory goes back to the system first: a tensor that is put there would not be seen.
+    What the C library keeps of freed memory goes back to the system first: a tensor put there would not be seen.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

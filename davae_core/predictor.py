@@ -15,6 +15,7 @@ from torch import nn
 
 from .autoencoder import ResnetBlock
 from .errors import CheckpointError, LatentError
+from .history import History
 from .latent import LatentSpec
 from .shapes import dims
 
@@ -61,7 +62,12 @@ class DetailPredictor(nn.Module):
 
     Args:
         config: its shape, and the units of the latents.
+
+    Attributes:
+        history: how its file was made, where that is known.
     """
+
+    history: History | None = None
 
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()

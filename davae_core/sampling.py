@@ -77,10 +77,12 @@ def sample_encoded(
     noise: torch.Tensor,
     sampling: Sampling,
     base_channels: int = LatentSpec.base_channels,
+    times: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`sample` of captions and empty ones that are encoded already, as the model reads them after x and t.
 
-    ``base_channels`` are the first of the noise's channels; those after them are detail.
+    ``base_channels`` are the first of the noise's channels; those after them are detail. ``times`` are those of
+    ``sampling`` where none are given; ``noise`` is what the latent is at the first of them.
     """
 
     def velocity(x: torch.Tensor, t: torch.Tensor, positive: bool) -> torch.Tensor:
@@ -89,4 +91,6 @@ def sample_encoded(
     cfg = sampling.scales(noise.shape[1], base_channels)
     if isinstance(cfg, torch.Tensor):
         cfg = cfg.to(noise)
-    return flow.sample_euler(flow.guided(velocity, cfg), noise, flow.sigmas(sampling.steps, sampling.shift))
+    return flow.sample_euler(
+        flow.guided(velocity, cfg), noise, flow.sigmas(sampling.steps, sampling.shift) if times is None else times
+    )

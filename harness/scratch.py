@@ -17,7 +17,7 @@ PROBE_NAME = "comfyui-harness-probe"
 
 FOLDERS = ["custom_nodes", "input", "output", "temp", "user/default"]
 MODELS = ["checkpoints", "clip", "clip_vision", "configs", "controlnet", "diffusion_models", "embeddings", "loras"]
-MODELS += ["text_encoders", "unet", "upscale_models", "vae", "vae_approx"]
+MODELS += ["latent_upscale_models", "text_encoders", "unet", "upscale_models", "vae", "vae_approx"]
 
 # The template browser would cover the canvas at the first start. "Nodes 2.0" is how newer front ends can draw nodes.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": os.environ.get("DAVAE_NODES2") == "1"}

@@ -25,12 +25,12 @@ from .untrained import Family
 
 CHECKPOINT = "sd3.5_medium.safetensors"
 CLIP_L, CLIP_G, T5 = "clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"
-DAVAE = "sd35_davae.safetensors"
+DAVAE, PREDICTOR = "sd35_davae.safetensors", "sd35_predictor.safetensors"
 ADAPTERS = {f"sd35m_davae_{size}.safetensors": size for size in (1024, 2048)}
 
 # All of them, with their folders.
 FILES = [("checkpoints", CHECKPOINT), *(("text_encoders", name) for name in (CLIP_L, CLIP_G, T5))]
-FILES += [("vae", DAVAE), *(("loras", name) for name in ADAPTERS)]
+FILES += [("vae", DAVAE), ("latent_upscale_models", PREDICTOR), *(("loras", name) for name in ADAPTERS)]
 
 # Of ComfyUI's own configurations, what makes the text encoders small; widths stay as they are.
 SHORT = {
@@ -68,6 +68,8 @@ def write_files(models: Path) -> None:
         _save(models / "text_encoders" / name, clip_state(width) | mark)
     _save(models / "text_encoders" / T5, t5_state())
     checkpoints.save_autoencoder(models / "vae" / DAVAE, family.davae().half(), Recommended(size=1024))
+    (models / "latent_upscale_models").mkdir(parents=True, exist_ok=True)
+    checkpoints.save_predictor(models / "latent_upscale_models" / PREDICTOR, family.predictor())
     for name, size in ADAPTERS.items():
         told = Recommended(size=size, shift=4.0 if size == 2048 else 3.0, cfg=2.5, steps=30)
         checkpoints.save_adapter(models / "loras" / name, replace(family, recommended=told).adapter())

@@ -2,7 +2,8 @@
 
     python -m harness.thumbnails
 
-ComfyUI's template browser shows these. The workflows for SD3.5 are shown as they are before a run. Needs a Chromium.
+ComfyUI's template browser shows these. The workflows for SD3.5 and FLUX.1 are shown as they are before a run. Needs a
+Chromium.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import workflow
+from . import flux, sd35, workflow
 from .browser import ComfyPage, open_comfy
 from .demo import FOLDER
 from .locate import REPOSITORY, find_comfyui
 from .scratch import SETTINGS, make_base
-from .sd35 import FILES
 from .server import RealServer
 
 # Room for the page's own bars: left, top, right, bottom.
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         settings.parent.mkdir(parents=True)
         settings.write_text(json.dumps({**SETTINGS, **BARE}), encoding="utf-8")
         base = make_base(path, REPOSITORY)
-        for kind, name in FILES:
+        for kind, name in (*sd35.FILES, *flux.FILES):
             (base / "models" / kind / name).touch()  # a file that is not there would be marked
         options.out.mkdir(parents=True, exist_ok=True)
         with RealServer(base, find_comfyui()) as server:

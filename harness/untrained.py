@@ -18,6 +18,7 @@ from davae_core.autoencoder import AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig, sincos_grid
+from davae_core.predictor import DetailPredictor, PredictorConfig
 from davae_core.text_encoder import TextEncoder, TextEncoderConfig
 
 
@@ -43,6 +44,7 @@ class Family:
     adapter_file: str = field(default="davae_toy_adapter.safetensors", init=False)
     zero_adapter_file: str = field(default="davae_toy_zero_adapter.safetensors", init=False)
     merged_file: str = field(default="davae_toy_merged.safetensors", init=False)
+    predictor_file: str = field(default="davae_toy_predictor.safetensors", init=False)
 
     @property
     def latent(self) -> LatentSpec:
@@ -83,6 +85,13 @@ class Family:
         }
         return Adapter(config, state)
 
+    def predictor(self) -> DetailPredictor:
+        """A predictor of the DA-VAE's detail, none of whose layers is zero."""
+        torch.manual_seed(self.seed + 4)
+        model = DetailPredictor(PredictorConfig(self.latent, width=64, blocks=1))
+        torch.nn.init.normal_(model.conv_out.weight, std=0.05)
+        return model.eval()
+
     def merged(self) -> checkpoints.MergedModel:
         """The model with the adapter merged into it."""
         state = merge(self.diffusion_model().state_dict(), self.adapter())
@@ -104,6 +113,9 @@ class Family:
             models / "loras" / self.adapter_file: lambda path: checkpoints.save_adapter(path, self.adapter()),
             models / "loras" / self.zero_adapter_file: lambda path: checkpoints.save_adapter(
                 path, self.adapter(zero=True)
+            ),
+            models / "latent_upscale_models" / self.predictor_file: lambda path: checkpoints.save_predictor(
+                path, self.predictor()
             ),
             models / "diffusion_models" / self.merged_file: lambda path: checkpoints.save_merged(path, self.merged()),
         }

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import comfy_bridge, controls, detail, loaders, sampling
+from . import comfy_bridge, controls, detail, loaders, predicting, sampling
 
 
 class DAVAEExtension(ComfyExtension):
@@ -11,4 +11,4 @@ class DAVAEExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Called by ComfyUI once, at start."""
         comfy_bridge.register_folders()
-        return [*loaders.NODES, *detail.NODES, *sampling.NODES, *controls.NODES]
+        return [*loaders.NODES, *detail.NODES, *predicting.NODES, *sampling.NODES, *controls.NODES]

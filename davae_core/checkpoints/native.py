@@ -120,7 +120,7 @@ def load_predictor(path: PathLike, dtype: torch.dtype | None = None) -> DetailPr
     """Read a detail predictor; arguments and errors as for :func:`load_autoencoder`."""
     meta, info, name = _header(path, "predictor")
     latent, _ = metadata.latent_of(metadata.parse(info, "predictor", name), name)
-    metadata.history_of(info, name)
+    history = metadata.history_of(info, name)
     with files.naming(name):
         config = PredictorConfig.from_state_dict(meta)
         _agree(config.latent, latent, ("base_channels", "detail_channels"))
@@ -128,6 +128,7 @@ def load_predictor(path: PathLike, dtype: torch.dtype | None = None) -> DetailPr
             model = DetailPredictor(replace(config, latent=latent))
     layout.check(meta, model, name)
     model.load_state_dict(_tensors(path, info), assign=True)
+    model.history = history
     return model.to(dtype).eval() if dtype else model.eval()
 
 

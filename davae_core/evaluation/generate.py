@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .. import flow
 from ..errors import DAVAEError
 from ..mmdit import MMDiT
 from ..sampling import Sampling, initial_noise, sample_encoded
@@ -58,6 +59,30 @@ def base_latents(family: Family, prompts: Sequence[Prompt], seed: int, sampling:
     """Latents of the base model in the base VAE's units, ``[B, C, h, w]``."""
     spec = family.latent
     return spec.denormalise_base(_latents(family, family.base, prompts, seed, sampling, spec.base_channels))
+
+
+@torch.no_grad()
+def painted_over(
+    family: Family, prompts: Sequence[Prompt], z: torch.Tensor, seed: int, sampling: Sampling, denoise: float
+) -> torch.Tensor:
+    """Latents of the adapted model that begins from ``z`` instead of noise, as a sampler in ComfyUI does it.
+
+    Args:
+        z: ``[B, C + D, h, w]`` in the autoencoder's units.
+        sampling: its steps are those that are done.
+        denoise: above 0 to 1: the share of all steps' times that are left; at 1 nothing of ``z`` stays.
+
+    Returns:
+        As ``z``.
+    """
+    spec = family.latent
+    times = flow.sigmas(max(int(sampling.steps / denoise), sampling.steps), sampling.shift)[-sampling.steps - 1 :]
+    noise = initial_noise(seed, [prompt.index for prompt in prompts], tuple(z.shape[1:])).to(z)
+    begun = flow.add_noise(spec.normalise(z), noise, times[:1].to(z).expand(len(z)))
+    asked, empty = family.encode([prompt.caption for prompt in prompts]), family.encode([""] * len(prompts))
+    return spec.denormalise(
+        sample_encoded(family.adapted, asked, empty, begun, sampling, spec.base_channels, times=times)
+    )
 
 
 def _latents(

@@ -15,4 +15,5 @@ PREVIEW = "davae.preview"
 _HERE = Path(__file__).parent
 
 # ComfyUI's model kinds, and the folder here that holds files of each.
-FOLDERS = {kind: _HERE / kind for kind in ("diffusion_models", "text_encoders", "vae", "loras")}
+_KINDS = ("diffusion_models", "text_encoders", "vae", "loras", "latent_upscale_models")
+FOLDERS = {kind: _HERE / kind for kind in _KINDS}

@@ -8,12 +8,15 @@ from .kept import adapted
 from .latent_format import require_channels
 from .masking import keep_base
 from .merged import load_merged
+from .predictor import KIND as PREDICTORS
+from .predictor import predict_detail
 from .rebuild import apply_adapter
 from .sampling import Settings, latent_spec, sample, sampler_names, scheduler_names
 from .tiny import load_tiny, tiny_stamp
 from .versions import empty, node_schema
 
 __all__ = [
+    "PREDICTORS",
     "AutoencoderHandle",
     "ModelPatcher",
     "Settings",
@@ -29,6 +32,7 @@ __all__ = [
     "load_merged",
     "load_tiny",
     "node_schema",
+    "predict_detail",
     "register_folders",
     "require_channels",
     "require_file",

@@ -40,6 +40,17 @@ def note_base(adapter: Adapter, name: str, state: Mapping[str, torch.Tensor]) ->
         _say_once(f"DA-VAE: {name} was {words}: the MODEL. A finetune or merge of it may do, any other model not")
 
 
+def note_predictor(history: History | None, name: str, davae: torch.nn.Module, davae_name: str) -> None:
+    """Say it where a detail predictor meets another DA-VAE than the one it was trained with.
+
+    Args:
+        history, name: of the predictor and its file.
+        davae, davae_name: the DA-VAE and its file.
+    """
+    if history is not None and "davae" in history.of and (words := mismatch(history, "davae", davae.state_dict())):
+        _say_once(f"DA-VAE: {name} was {words}: {davae_name}. The detail that it predicts is not this DA-VAE's")
+
+
 def note_sampled(history: History | None, latent: torch.Tensor) -> None:
     """Remember which DA-VAE a latent is of, that an adapted model has just sampled: ``[B, C + D, h, w]``."""
     if history is not None and "davae" in history.of and latent.numel():

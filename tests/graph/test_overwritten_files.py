@@ -42,12 +42,19 @@ adapted = g.node("DAVAE_Adapter", model=base_model, adapter_name=family.adapter_
 merged = g.node("DAVAE_ModelLoader", model_name=family.merged_file, dtype="auto")
 small = g.node("DAVAE_TinySD35")
 loaded = {"vae": davae[0], "base_vae": davae[1], "davae": davae[2], "adapted": adapted, "merged": merged}
+loaded["predicted"] = g.node(
+    "DAVAE_PredictDetail",
+    samples=g.node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+    davae=davae[2],
+    predictor_name=family.predictor_file,
+)
 loaded |= {"small": small[0], "clip": small[1]}
 for key, value in loaded.items():
     g.node("HarnessCapture", value=value, key=key)
 objects = comfy.run(g.prompt).captured
 
-ours = [family.davae_file, family.adapter_file, family.merged_file, tiny.MODEL, tiny.TEXT_ENCODER]
+ours = [family.davae_file, family.adapter_file, family.merged_file, family.predictor_file]
+ours += [tiny.MODEL, tiny.TEXT_ENCODER]
 mapped = Path("/proc/self/maps")
 if mapped.exists():
     lines = mapped.read_text()

@@ -31,6 +31,7 @@ class Bench:
             ("DAVAE_Adapter", "adapter_name"): family.adapter_file,
             ("DAVAE_Sampler", "adapter_name"): "(already adapted)",
             ("DAVAE_ModelLoader", "model_name"): family.merged_file,
+            ("DAVAE_PredictDetail", "predictor_name"): family.predictor_file,
         }
         self.nodes = {n: node.GET_SCHEMA() for n, node in comfy.nodes.NODE_CLASS_MAPPINGS.items() if n[:6] == "DAVAE_"}
         self.constants = {
@@ -42,6 +43,7 @@ class Bench:
     def socket(self, g: Graph, node: str, name: str, kind: str) -> list:
         """A link for a socket of a node."""
         wants_base = {("DAVAE_FromBaseLatent", "samples"), ("DAVAE_SwapBase", "base_latent")}
+        wants_base.add(("DAVAE_PredictDetail", "samples"))
         model = self.toys.model(g)
         made = {
             "MODEL": lambda: model if node == "DAVAE_Adapter" else self.toys.adapter(g, model),

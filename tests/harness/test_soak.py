@@ -23,10 +23,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_short_run_finds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [120, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_short_run_finds_nothing(tmp_path: Path, count: int) -> None:
     """A run of 20,000 files is in docs/RELIABILITY.md; this one has other files."""
-    tally = soak.run(400, seed=7, state=tmp_path / "soak.json", workers=2)
-    assert tally.finds == [] and tally.done == 400
+    tally = soak.run(count, seed=7, state=tmp_path / "soak.json", workers=2)
+    assert tally.finds == [] and tally.done == count
     assert tally.counts[outcomes.REFUSED] > tally.counts[outcomes.READ] > 0
 
 

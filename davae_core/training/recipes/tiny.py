@@ -1,4 +1,4 @@
-"""The recipes of the tiny family: two sizes of one recipe, eight trainings each.
+"""The recipes of the tiny family: two sizes of one recipe, ten trainings each.
 
 ``micro`` makes 128 px images from 16 tokens, ``tiny`` 256 px images from 64. The base models work at half these sizes.
 """

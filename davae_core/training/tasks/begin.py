@@ -101,8 +101,7 @@ def check_units(z_base: torch.Tensor, latent: LatentSpec) -> None:
         z_base: ``[B, C, h, w]`` in the autoencoder's units.
         latent: the units that are taken for theirs.
     """
-    own = _base_in_units(latent)
-    std = z_base.float().std()
+    own, std = _base_in_units(latent), z_base.float().std()
     if own is None or own.normalisation is None or bool((own.normalisation[1] * std).log().abs() <= math.log(2)):
         return
     shape = (latent.base_channels, latent.base_factor)

@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, eight trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, ten trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -30,6 +30,8 @@ TRAININGS = {
     "autoencoder_robust": ("autoencoder", "-robust", tiny.AUTOENCODER),
     "adapter": ("adapter", "", tiny.ADAPTER),
     "adapter_finish": ("adapter", "-finish", tiny.ADAPTER),
+    "predictor": ("predictor", "", tiny.PREDICTOR),
+    "predictor_finish": ("predictor", "-finish", tiny.PREDICTOR),
 }
 
 

@@ -23,6 +23,7 @@ from ..stages import STAGES
 AUTHOR = "DA-VAE node pack"
 LICENCE = "Apache-2.0; trained on Fluent Emoji (MIT), Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0)"
 LIMIT = 40 * 2**20
+LAST = ("base_dit", "autoencoder_robust", "adapter_finish", "predictor_finish")  # the trainings whose files ship
 
 
 @dataclass(frozen=True)
@@ -32,22 +33,23 @@ class InstallConfig:
     size: Literal["micro", "tiny"] = "tiny"
     """Size of the family, trained into output/tiny/SIZE."""
     into: Path = Path(tiny.__file__).parent
-    """Folder with the folders diffusion_models, text_encoders, vae and loras."""
+    """Folder with a folder for each kind of model."""
 
 
 def install(config: InstallConfig) -> list[Path]:
-    """Write the four files in fp16; returns their paths.
+    """Write the files in fp16, one of each kind; returns their paths.
 
     Raises:
         CheckpointError: a stage of this size has not finished.
     """
-    stage = {name: folder(config.size, name) for name in ("base_dit", "autoencoder_robust", "adapter_finish")}
+    stage = {name: folder(config.size, name) for name in LAST}
     state, _ = files.read(stage["base_dit"] / tiny.MODEL)
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
     trained = stage["autoencoder_robust"] / tiny.AUTOENCODER
     davae = checkpoints.load_autoencoder(trained, torch.float32)
     history = metadata.history_of(files.read_metadata(trained)[1], trained.name)
     adapter = checkpoints.load_adapter(stage["adapter_finish"] / tiny.ADAPTER)
+    predictor = checkpoints.load_predictor(stage["predictor_finish"] / tiny.PREDICTOR)
     told = STAGES["adapter"].recipes[config.size][1].recommended  # chosen by what the trained family draws
     preview = preview_of(davae, folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))
@@ -63,6 +65,7 @@ def install(config: InstallConfig) -> list[Path]:
         out["text_encoders"] / tiny.TEXT_ENCODER,
         out["vae"] / tiny.AUTOENCODER,
         out["loras"] / tiny.ADAPTER,
+        out["latent_upscale_models"] / tiny.PREDICTOR,
     ]
     by: dict[str, Any] = {"author": AUTHOR, "licence": LICENCE}
     about = {"modelspec.title": "Tiny SD3.5", "modelspec.author": AUTHOR, "modelspec.license": LICENCE}
@@ -71,6 +74,9 @@ def install(config: InstallConfig) -> list[Path]:
     checkpoints.save_text_encoder(paths[1], encoder.half(), title="Tiny text encoder", **by)
     checkpoints.save_autoencoder(paths[2], davae.half(), told, title="Tiny DA-VAE", history=history, **by)
     checkpoints.save_adapter(paths[3], half, title="Tiny DA-VAE adapter", **by)
+    checkpoints.save_predictor(
+        paths[4], predictor.half(), title="Tiny detail predictor", history=predictor.history, **by
+    )
     for path in paths:
         print(f"{path.stat().st_size / 2**20:6.2f} MiB  {path}")
     total = sum(path.stat().st_size for path in paths)

@@ -17,14 +17,16 @@ from davae_core.checkpoints import files
 from davae_core.training import stages as entry
 from davae_core.training.run import launch, state
 
-MAINS = {stage: partial(entry.run, stage) for stage in ("base_autoencoder", "base_dit", "autoencoder", "adapter")}
+STAGES = ("base_autoencoder", "base_dit", "autoencoder", "adapter", "predictor")
+MAINS = {stage: partial(entry.run, stage) for stage in STAGES}
 Curves = dict[str, dict[int, float]]
-SIZES = {"base_autoencoder": 16, "base_dit": 16, "autoencoder": 32, "adapter": 32}
+SIZES = {"base_autoencoder": 16, "base_dit": 16, "autoencoder": 32, "adapter": 32, "predictor": 32}
 EXPORTS = {
     "base_autoencoder": [tiny.BASE_AUTOENCODER],
     "base_dit": [tiny.MODEL, tiny.TEXT_ENCODER],
     "autoencoder": [tiny.AUTOENCODER],
     "adapter": [tiny.ADAPTER],
+    "predictor": [tiny.PREDICTOR],
 }
 
 
@@ -59,7 +61,7 @@ def short_survey() -> Iterator[None]:
 
 @dataclass
 class Stages:
-    """The four scripts at toy size, each reading what the one before it left in ``root``."""
+    """The scripts at toy size, each reading what the one before it left in ``root``."""
 
     root: Path
     images: Path
@@ -84,6 +86,7 @@ class Stages:
             "autoencoder": f"--base {base} --losses.l1 2 --losses.perceptual 0 --losses.kl 1e-7 --alignment.weight 0.2",
             "adapter": f"--model {diffusion} --text-encoder {text} --autoencoder {self.file('autoencoder')} --rank 4 "
             "--detail-warmup 4 --recommended.steps 3 --recommended.size 0",
+            "predictor": f"--autoencoder {self.file('autoencoder')} --width 64 --blocks 1",
         }
         return own[stage].split()
 
@@ -123,7 +126,7 @@ def draw_images(folder: Path, count: int, size: int) -> None:
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory: pytest.TempPathFactory, short_survey: None) -> Stages:
-    """All four scripts, after two steps of each (a smoke run): their files are there for further runs."""
+    """All scripts, after two steps of each (a smoke run): their files are there for further runs."""
     root = tmp_path_factory.mktemp("stages")
     draw_images(root / "images", count=8, size=32)
     stages = Stages(root, root / "images")

@@ -47,17 +47,25 @@ def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     davae, finish = recipes.autoencoder_recipe(size), recipes.finished_autoencoder_recipe(size)
     sharpen, robust = recipes.sharpened_autoencoder_recipe(size), recipes.robust_autoencoder_recipe(size)
     last = recipes.finished_adapter_recipe(size)
+    predictor, end = recipes.predictor_recipe(size), recipes.finished_predictor_recipe(size)
     model, adapter = recipes.base_dit_recipe(size), recipes.adapter_recipe(size)
     left = {recipes.folder(size, stage) / file for stage, (*_, file) in build.TRAININGS.items()}
     left.add(recipes.folder(size, "base_dit") / tiny.MODEL)
     read = {model.autoencoder, davae.base, finish.base, finish.start, sharpen.base, sharpen.start}
     read |= {robust.base, robust.start, adapter.model, adapter.text_encoder, adapter.autoencoder, last.start}
-    assert read == left - {last.run.out / tiny.ADAPTER, robust.run.out / tiny.AUTOENCODER}
+    read |= {predictor.autoencoder, end.autoencoder, end.start}
+    assert read == left - {last.run.out / tiny.ADAPTER, end.run.out / tiny.PREDICTOR}
     assert (last.model, last.autoencoder) == (adapter.model, adapter.autoencoder)
 
 
 def test_no_recipe_reads_a_held_out_image() -> None:
-    for of_stage in (recipes.BASE_AUTOENCODER, recipes.BASE_DIT, recipes.AUTOENCODER, recipes.ADAPTER):
+    for of_stage in (
+        recipes.BASE_AUTOENCODER,
+        recipes.BASE_DIT,
+        recipes.AUTOENCODER,
+        recipes.ADAPTER,
+        recipes.PREDICTOR,
+    ):
         for _, recipe in of_stage.values():
             assert {Path(entries.parse(images).place).name for images in recipe.data.images} <= {"train", "other"}
 
@@ -95,7 +103,7 @@ def test_building_a_finished_family_trains_nothing(
     asked = []
     monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == 8
+    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 10
     assert [config.size for config in asked] == [128]
 
 

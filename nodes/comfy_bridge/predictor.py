@@ -1,0 +1,94 @@
+"""Detail predictors under ComfyUI's memory management."""
+
+import math
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ...davae_core import checkpoints
+from ...davae_core.errors import LatentError
+from ...davae_core.latent import LatentSpec, with_zero_detail
+from ...davae_core.predictor import DetailPredictor
+from .autoencoder import AutoencoderHandle, check_interrupt
+from .folders import file_stamp, require_file
+from .history import note_predictor
+from .versions import intermediate_dtype
+
+KIND = "latent_upscale_models"
+
+# On the DA-VAE's own patcher: the last predictor that it was used with, which goes with it.
+_KEPT = "davae_predictor"
+
+# A block's input, norm and convolution, and what the kernels take: 5 to 7 maps of the network's width were measured.
+_HELD = 8
+
+
+def predict_detail(davae: AutoencoderHandle, name: str, z_base: torch.Tensor) -> torch.Tensor:
+    """An ordinary latent as the base of a picture s times the size, with the detail that it lets one expect.
+
+    Args:
+        davae: what the latent will be decoded with.
+        name: a file in models/latent_upscale_models.
+        z_base: ``[B, C, h, w]`` in the base VAE's units.
+
+    Returns:
+        ``[B, C + D, h, w]``; the base channels are those given, to the bit.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read.
+        LatentError: it predicts the detail of another kind of latent, or the latent is not of C channels.
+    """
+    z = with_zero_detail(z_base, davae.latent)
+    patcher = _patcher(davae, name)
+    model: DetailPredictor = patcher.model
+    require_same_latent(model.latent, davae.latent, name, davae.name)
+    note_predictor(model.history, name, davae.model, davae.name)
+    management = comfy.model_management
+    batch, channels, height, width = z_base.shape
+    need = _HELD * model.config.width * height * width * davae.dtype.itemsize
+    management.load_models_gpu([patcher], memory_required=need, force_full_load=True)
+    for i in range(batch):
+        check_interrupt()
+        whole = model.complete(z_base[i : i + 1].to(patcher.load_device, torch.float32))
+        z[i : i + 1, channels:] = whole[:, channels:].to(z)
+    return z.to(management.intermediate_device(), intermediate_dtype())
+
+
+def require_same_latent(predictor: LatentSpec, davae: LatentSpec, file: str, davae_file: str) -> None:
+    """Raise LatentError unless a predictor speaks of latents of the shape and the base units of a DA-VAE's."""
+    shapes = [(spec.base_channels, spec.detail_channels, spec.factor) for spec in (predictor, davae)]
+    if shapes[0] != shapes[1]:
+        told = [f"{base} + {detail} channels at 1/{factor}" for base, detail, factor in shapes]
+        raise LatentError(
+            f"{file} predicts the detail of latents of {told[0]}, the DA-VAE {davae_file} has {told[1]}; choose the "
+            "predictor that was trained with this DA-VAE"
+        )
+    for one, other in ((predictor.base_shift, davae.base_shift), (predictor.base_scale, davae.base_scale)):
+        here, there = (torch.as_tensor(value, dtype=torch.float64) for value in (one, other))
+        if not torch.allclose(*torch.broadcast_tensors(here, there), rtol=1e-3, atol=1e-5):
+            raise LatentError(
+                f"{file} predicts the detail of another family's latents (shift {_told(predictor.base_shift)}, scale "
+                f"{_told(predictor.base_scale)}), the DA-VAE {davae_file} stands on a base of shift "
+                f"{_told(davae.base_shift)}, scale {_told(davae.base_scale)}; choose the predictor that was trained "
+                "with this DA-VAE"
+            )
+
+
+def _told(value: float | tuple[float, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:g}, ..." if not math.isclose(min(value), max(value)) else f"{value[0]:g}"
+    return f"{value:g}"
+
+
+def _patcher(davae: AutoencoderHandle, name: str) -> ModelPatcher:
+    """The predictor in the precision of the DA-VAE; the same object as the last time for the same file."""
+    path, state = require_file(KIND, name), (name, file_stamp(KIND, name))
+    kept: tuple[tuple, ModelPatcher] | None = vars(davae.patcher).get(_KEPT)
+    if kept is None or kept[0] != state:
+        vars(davae.patcher).pop(_KEPT, None)
+        model = checkpoints.load_predictor(path, davae.dtype).requires_grad_(False)
+        load, offload = davae.patcher.load_device, davae.patcher.offload_device
+        kept = (state, ModelPatcher(model.to(offload), load_device=load, offload_device=offload))
+        vars(davae.patcher)[_KEPT] = kept
+    return kept[1]

@@ -1,0 +1,94 @@
+"""Predicted detail: four decodings of one base, drawings of the base model, painting over them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from davae_core import checkpoints, images
+from davae_core.errors import DAVAEError
+from davae_core.evaluation import generate, predicting
+from davae_core.evaluation.family import Family
+from davae_core.evaluation.generate import Prompt
+from davae_core.metrics import psnr
+from davae_core.predictor import DetailPredictor, PredictorConfig
+from davae_core.sampling import Sampling
+from harness.untrained import Family as Untrained
+
+CAPTIONS = ("3d peach", "flat peach", "3d rocket", "flat rocket")
+PROMPTS = [Prompt(1, "3d peach"), Prompt(4, "flat rocket")]
+HOW = Sampling(shift=2.0, cfg=2.0, steps=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(2)
+    for i, caption in enumerate(CAPTIONS):
+        place = root / ("train" if i < 3 else "held_out") / f"{i}.png"
+        x = torch.ones(3, 64, 64)
+        x[:, 16:48, 16:48] = torch.rand(3, 32, 32, generator=generator) * 2 - 1
+        images.save_image(place, x)
+        place.with_suffix(".txt").write_text(caption)
+    return root
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory, untrained: Untrained) -> Path:
+    path = tmp_path_factory.mktemp("predictor") / "p.safetensors"
+    checkpoints.save_predictor(path, untrained.predictor())
+    return path
+
+
+def test_the_command_writes_every_figure_and_its_sheets(
+    folder: Path, predictor: Path, options: list[str], family: Family, tmp_path: Path
+) -> None:
+    out, sheet = tmp_path / "out.json", tmp_path / "sheet.png"
+    words = ["--images", str(folder), "--predictor", str(predictor), *options, "--json", str(out)]
+    words += ["--captions", "3", "--unknown", "1", "--denoise", "0.5", "1", "--steps", "1", "--sheet", str(sheet)]
+    predicting.main(words)
+    told = json.loads(out.read_text())
+    assert told["held_out"].keys() == set(predicting.METHODS) and told["time_share"] > 0
+    x = images.read_image(folder / "held_out" / "3.png")[None]
+    z = checkpoints.load_predictor(predictor).complete(family.davae.encode_base(x))
+    expected = psnr(family.davae.decode(z).clamp(-1, 1), x).item()
+    assert told["held_out"]["predicted"]["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert len({round(some["psnr"], 3) for some in told["held_out"].values()}) == 4
+    assert set(told["drawn"]) == {"base_bicubic", "davae_detail_0", "predicted", "adapted"}
+    for some in told["drawn"].values():
+        assert (some["training"]["count"], some["held_out"]["count"]) == (3, 1)
+    assert {name: set(some) for name, some in told["denoise"].items()} == {
+        "davae_detail_0": {"0.5", "1"},
+        "predicted": {"0.5", "1"},
+    }
+    assert told["denoise"]["predicted"]["1"] == pytest.approx(told["denoise"]["davae_detail_0"]["1"], rel=1e-3)
+    assert told["denoise"]["predicted"]["0.5"]["psnr"] != told["denoise"]["davae_detail_0"]["0.5"]["psnr"]
+    assert [bound["at_least"] or bound["at_most"] for bound in told["bounds"]] == [1.8, 0.042, 0.05]
+    assert images.read_image(tmp_path / "sheet-held_out.png").shape[1] == 5 * 64
+    assert images.read_image(tmp_path / "sheet-drawn.png").shape[1] == 5 * 64
+
+
+def test_painting_over_all_of_a_latent_is_drawing_anew_and_over_little_of_it_leaves_it(family: Family) -> None:
+    side = family.recommended.size // family.latent.factor
+    z = family.latent.denormalise(torch.randn(2, 32, side, side, generator=torch.Generator().manual_seed(1)))
+    anew = generate.adapted_latents(family, PROMPTS, 3, HOW)
+    assert torch.allclose(generate.painted_over(family, PROMPTS, z, 3, HOW, 1.0), anew, atol=1e-4)
+    away = [
+        (generate.painted_over(family, PROMPTS, z, 3, HOW, denoise) - z).square().mean().item()
+        for denoise in (0.05, 0.5, 1.0)
+    ]
+    assert away[0] < away[1] < away[2] and away[0] < 0.1 * away[2]
+
+
+def test_a_predictor_of_another_shape_and_a_denoise_out_of_range_are_refused(
+    folder: Path, tmp_path: Path, options: list[str], untrained: Untrained
+) -> None:
+    other = replace(untrained.latent, detail_channels=32, detail_mean=(), detail_std=())
+    path = tmp_path / "other.safetensors"
+    checkpoints.save_predictor(path, DetailPredictor(PredictorConfig(other, width=32, blocks=1)))
+    with pytest.raises(DAVAEError, match=r"other\.safetensors predicts 32 from 16 .* use files that belong together"):
+        predicting.main(["--images", str(folder), "--predictor", str(path), *options])
+    with pytest.raises(DAVAEError, match=r"--denoise is \[0.0\]; expected values above 0"):
+        predicting.main(["--images", str(folder), "--denoise", "0"])
