@@ -29,6 +29,7 @@ from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from . import pieces
+from .adapted import units
 from .begin import check_family
 from .recompute import blocks_of, recompute
 
@@ -201,11 +202,11 @@ def check_continues(start: PredictorConfig, wanted: PredictorConfig) -> None:
             f"the predictor to start from (--start) has width {start.width} and {start.blocks} block(s), expected "
             f"{wanted.width} and {wanted.blocks}; give its --width and --blocks"
         )
-    here, there = (torch.tensor(config.latent.detail_mean + config.latent.detail_std) for config in (start, wanted))
+    here, there = (torch.tensor(units(config.latent)) for config in (start, wanted))
     if len(here) != len(there) or not torch.allclose(here, there, rtol=1e-3, atol=1e-4):
         raise DAVAEError(
-            "the predictor to start from (--start) is for another DA-VAE: the statistics of its detail differ from "
-            "those of --autoencoder; give the DA-VAE it was trained with"
+            "the predictor to start from (--start) is for another DA-VAE: the units of its base latent or of its detail "
+            "differ from those of --autoencoder; give the DA-VAE it was trained with"
         )
 
 
