@@ -205,7 +205,7 @@ def check_continues(start: PredictorConfig, wanted: PredictorConfig) -> None:
     here, there = (torch.tensor(units(config.latent)) for config in (start, wanted))
     if len(here) != len(there) or not torch.allclose(here, there, rtol=1e-3, atol=1e-4):
         raise DAVAEError(
-            "the predictor to start from (--start) is for another DA-VAE: the units of its base latent or of its detail "
+            "the predictor to start from (--start) is for another DA-VAE: the units of its base or its detail "
             "differ from those of --autoencoder; give the DA-VAE it was trained with"
         )
 
