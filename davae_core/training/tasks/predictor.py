@@ -23,6 +23,7 @@ from ...predictor import DetailPredictor, PredictorConfig
 from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..data.latents import LatentCache
+from ..data.varied import varied
 from ..objective import Reconstruction, ReconstructionConfig
 from ..run.config import OptimiserConfig, RunConfig
 from ..run.launch import Images, Launch, launch
@@ -59,6 +60,9 @@ class PredictorRecipe:
     base_noise: float = 0.3
     """Most noise that is added to the base, in standard deviations; its level is drawn for each sample from 0 to this.
     Drawn latents are not those of pictures."""
+    vary: bool = False
+    """Turn and mirror the images and exchange their colours, chosen anew every time: for small sets, whose images
+    would be remembered instead."""
     keep_latents: bool = False
     """Keep the latents of all images in memory."""
     gradient_checkpointing: bool = False
@@ -88,7 +92,8 @@ class PredictorPhase(Phase):
         """See :class:`Phase`."""
         (davae,), recipe = self._davae, self.recipe
         draws = Draws(recipe.run.seed, step, batch["position"])
-        base, detail = davae.latent.split(self.latents(batch["image"]))
+        image = varied(batch["image"], draws) if recipe.vary else batch["image"]
+        base, detail = davae.latent.split(self.latents(image))
         level = recipe.base_noise * draws.uniform("level").to(base).view(-1, 1, 1, 1)
         base = base + level * draws.normal("noise", base)
         predicted = self.model(base).float()
@@ -96,7 +101,7 @@ class PredictorPhase(Phase):
         losses = {"loss": recipe.latent * error, "latent": error}
         if self.loss is not None:
             y = davae.decode(davae.latent.denormalise(torch.cat([base, predicted], dim=1)))
-            parts = self.loss(batch["image"], y)
+            parts = self.loss(image, y)
             losses = losses | parts | {"loss": losses["loss"] + parts["loss"]}
         return losses
 
