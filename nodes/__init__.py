@@ -11,4 +11,5 @@ class DAVAEExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Called by ComfyUI once, at start."""
         comfy_bridge.register_folders()
+        comfy_bridge.install_previews()
         return [*loaders.NODES, *detail.NODES, *predicting.NODES, *sampling.NODES, *controls.NODES]

@@ -9,11 +9,14 @@ from .native import (
     load_merged,
     load_predictor,
     load_text_encoder,
+    load_tiny_decoder,
     save_adapter,
     save_autoencoder,
     save_merged,
     save_predictor,
     save_text_encoder,
+    save_tiny_decoder,
+    tiny_decoder_config,
 )
 
 __all__ = [
@@ -26,9 +29,12 @@ __all__ = [
     "load_merged",
     "load_predictor",
     "load_text_encoder",
+    "load_tiny_decoder",
     "save_adapter",
     "save_autoencoder",
     "save_merged",
     "save_predictor",
     "save_text_encoder",
+    "save_tiny_decoder",
+    "tiny_decoder_config",
 ]

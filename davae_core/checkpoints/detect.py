@@ -11,6 +11,8 @@ FileKind = Literal[
     "adapter",
     "model",
     "predictor",
+    "tiny_decoder",
+    "taesd",
     "text_encoder",
     "vae",
     "sd3 model",
@@ -57,6 +59,11 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
         return Detected("adapter", "a DA-VAE adapter")
     if {"conv_in.weight", "conv_out.weight", "norm_out.weight", "blocks.0.conv1.weight"} <= names:
         return Detected("predictor", "a DA-VAE detail predictor")
+    if {"1.weight", "3.conv.0.weight", "3.conv.4.weight", "7.weight"} <= names and "7.bias" not in names:
+        if kind == "tiny_decoder" or "22.weight" in names:  # four enlargements: TAESD's latents have three
+            return Detected("tiny_decoder", "a tiny decoder of DA-VAE latents")
+        channels = side("1.weight", 1)
+        return Detected("taesd", f"a TAESD decoder of ordinary latents with {channels} channels (no detail)")
     if {"token_embedding.weight", "position_embedding", "pool.weight"} <= names:
         return Detected("text_encoder", "the text encoder of the tiny model")
     if {"dc_down.conv.weight", "dc_up.conv.weight"} <= names and any_starts("vae.encoder.down_blocks."):

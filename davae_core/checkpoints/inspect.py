@@ -18,6 +18,7 @@ from ..davae import DAVAEConfig
 from ..errors import CheckpointError, DAVAEError
 from ..mmdit import MMDiTConfig
 from ..predictor import PredictorConfig
+from ..tiny_decoder import TinyDecoderConfig
 from . import files, foreign_json, metadata
 from .belonging import belonging
 from .opening import Opened, open_any
@@ -67,7 +68,7 @@ def _sizes(tensors: Tensors) -> dict[str, Any]:
 def _config(opened: Opened) -> dict[str, Any] | None:
     """The configuration of a native file: what the shapes tell, and what the metadata tells; no defaults."""
     kind, meta, file = opened.detected.kind, opened.stored.meta, opened.path.name
-    if kind not in ("autoencoder", "adapter", "model", "predictor"):
+    if kind not in ("autoencoder", "adapter", "model", "predictor", "tiny_decoder"):
         return None
     try:
         latent, recommended = metadata.latent_of(metadata.parse(opened.told, kind, file), file)
@@ -82,6 +83,8 @@ def _config(opened: Opened) -> dict[str, Any] | None:
         if kind == "adapter":
             adapter = AdapterConfig.from_state_dict(meta, latent.base_channels)
             return {"hidden": adapter.hidden, "patch": adapter.patch} | told
+        if kind == "tiny_decoder":
+            return {"widths": TinyDecoderConfig.from_state_dict(meta, latent).widths} | told
         return told
     except DAVAEError as problem:
         return {"problem": str(problem)}

@@ -16,6 +16,7 @@ from ..mmdit import MMDiT, MMDiTConfig
 from ..predictor import DetailPredictor, PredictorConfig
 from ..shapes import dims
 from ..text_encoder import TextEncoder, TextEncoderConfig
+from ..tiny_decoder import TinyDecoder, TinyDecoderConfig
 from . import files, layout, metadata
 from .detect import CHECKPOINT_PREFIXES, FileKind, detect
 
@@ -25,6 +26,7 @@ _WHERE = {
     "autoencoder": "choose a DA-VAE autoencoder (models/vae)",
     "adapter": "choose a DA-VAE adapter (models/loras)",
     "predictor": "choose a DA-VAE detail predictor (models/latent_upscale_models)",
+    "tiny_decoder": "choose a tiny decoder of DA-VAE latents (models/vae_approx)",
     "model": "choose a merged DA-VAE model (models/diffusion_models)",
     "text_encoder": "choose the tiny model's text encoder (models/text_encoders)",
 }
@@ -129,6 +131,40 @@ def load_predictor(path: PathLike, dtype: torch.dtype | None = None) -> DetailPr
     layout.check(meta, model, name)
     model.load_state_dict(_tensors(path, info), assign=True)
     model.history = history
+    return model.to(dtype).eval() if dtype else model.eval()
+
+
+def save_tiny_decoder(
+    path: PathLike,
+    model: TinyDecoder,
+    *,
+    title: str = "DA-VAE tiny decoder",
+    author: str = "",
+    licence: str = "",
+    history: History | None = None,
+) -> None:
+    """Write a tiny decoder with its configuration; the old file stays until the new one is whole."""
+    config = metadata.latent_config(model.latent, Recommended())
+    info = metadata.build("tiny_decoder", config, title=title, author=author, licence=licence, history=history)
+    files.save(path, model.state_dict(), info)
+
+
+def tiny_decoder_config(path: PathLike) -> TinyDecoderConfig:
+    """What a tiny decoder decodes, and its shape; no tensor is read. Raises as :func:`load_autoencoder` does."""
+    meta, info, name = _header(path, "tiny_decoder")
+    latent, _ = metadata.latent_of(metadata.parse(info, "tiny_decoder", name), name)
+    with files.naming(name):
+        return TinyDecoderConfig.from_state_dict(meta, latent)
+
+
+def load_tiny_decoder(path: PathLike, dtype: torch.dtype | None = None) -> TinyDecoder:
+    """Read a tiny decoder; arguments and errors as for :func:`load_autoencoder`."""
+    meta, info, name = _header(path, "tiny_decoder")
+    with torch.device("meta"):
+        model = TinyDecoder(tiny_decoder_config(path))
+    model.history = metadata.history_of(info, name)
+    layout.check(meta, model, name)
+    model.load_state_dict(_tensors(path, info), assign=True)
     return model.to(dtype).eval() if dtype else model.eval()
 
 

@@ -7,6 +7,7 @@ TEXT_ENCODER = "davae_tiny_text_encoder.safetensors"
 BASE_AUTOENCODER = "base_autoencoder.safetensors"
 AUTOENCODER = "davae_tiny_autoencoder.safetensors"
 PREDICTOR = "davae_tiny_predictor.safetensors"
+DECODER = "davae_tiny_decoder.safetensors"
 ADAPTER = "davae_tiny_adapter.safetensors"
 
 # Metadata of the model file: the colours of its latent, as in LatentSpec.preview.
@@ -15,5 +16,5 @@ PREVIEW = "davae.preview"
 _HERE = Path(__file__).parent
 
 # ComfyUI's model kinds, and the folder here that holds files of each.
-_KINDS = ("diffusion_models", "text_encoders", "vae", "loras", "latent_upscale_models")
+_KINDS = ("diffusion_models", "text_encoders", "vae", "loras", "latent_upscale_models", "vae_approx")
 FOLDERS = {kind: _HERE / kind for kind in _KINDS}

@@ -9,7 +9,7 @@ from . import recipes
 from .run import heartbeat
 from .run.config import from_command_line
 from .run.launch import Launch, launch
-from .tasks import adapter, autoencoder, base_autoencoder, base_dit, predictor
+from .tasks import adapter, autoencoder, base_autoencoder, base_dit, predictor, tiny_decoder
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ STAGES = {
     ),
     "adapter": Stage(adapter.__doc__ or "", adapter.AdapterRecipe, recipes.ADAPTER, adapter.train),
     "predictor": Stage(predictor.__doc__ or "", predictor.PredictorRecipe, recipes.PREDICTOR, predictor.train),
+    "tiny_decoder": Stage(
+        tiny_decoder.__doc__ or "", tiny_decoder.TinyDecoderRecipe, recipes.TINY_DECODER, tiny_decoder.train
+    ),
     "base_autoencoder": Stage(
         base_autoencoder.__doc__ or "",
         base_autoencoder.BaseAutoencoderRecipe,

@@ -19,6 +19,7 @@ from davae_core.checkpoints.names import from_native
 from davae_core.history import History, identity
 from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.predictor import DetailPredictor, PredictorConfig
+from davae_core.tiny_decoder import TinyDecoder, TinyDecoderConfig
 
 from ..untrained import Family
 
@@ -46,6 +47,8 @@ def make(folder: Path) -> None:
     checkpoints.save_text_encoder(folder / "text_encoder.safetensors", FAMILY.text_encoder())
     predictor = DetailPredictor(PredictorConfig(FAMILY.latent, width=64, blocks=2)).half()
     checkpoints.save_predictor(folder / "predictor.safetensors", predictor, history=told)
+    decoder = TinyDecoder(TinyDecoderConfig(FAMILY.latent, (16, 8, 8, 8, 8))).half()
+    checkpoints.save_tiny_decoder(folder / "tiny_decoder.safetensors", decoder, history=told)
     files.save(folder / "base.safetensors", model.state_dict(), {"modelspec.title": "base"})
     vae = Autoencoder(FAMILY.base).half()
     files.save(folder / "vae.safetensors", vae.state_dict(), {"davae.base": "sd3"})

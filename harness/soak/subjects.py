@@ -126,6 +126,16 @@ def _predictor(path: Path, _: Path, __: Path) -> None:
         raise WrongError(f"a latent of shape {list(z.shape)}")
 
 
+def _tiny_decoder(path: Path, _: Path, __: Path) -> None:
+    model = checkpoints.load_tiny_decoder(path, torch.float32)
+    _latent(model.latent)
+    _finite(model.state_dict())
+    factor = model.latent.factor
+    picture = model.decode(torch.zeros(1, model.latent.channels, 2, 2))
+    if picture.shape != (1, 3, 2 * factor, 2 * factor):
+        raise WrongError(f"a picture of shape {list(picture.shape)}")
+
+
 def _inspect(path: Path, _: Path, __: Path) -> None:
     inspect.text(inspect.describe(path))
 
@@ -181,6 +191,8 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("load merged", "merged.safetensors", ITSELF, _merged),
     Subject("load text encoder", "text_encoder.safetensors", ITSELF, _text_encoder),
     Subject("load predictor", "predictor.safetensors", ITSELF, _predictor),
+    Subject("load tiny decoder", "tiny_decoder.safetensors", ITSELF, _tiny_decoder),
+    Subject("inspect", "tiny_decoder.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "autoencoder.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "adapter.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "whole.safetensors", ITSELF, _inspect, True),

@@ -10,12 +10,16 @@ from .masking import keep_base
 from .merged import load_merged
 from .predictor import KIND as PREDICTORS
 from .predictor import predict_detail
+from .previews import install_previews
 from .rebuild import apply_adapter
 from .sampling import Settings, latent_spec, sample, sampler_names, scheduler_names
 from .tiny import load_tiny, tiny_stamp
+from .tiny_decoder import FOLDER as DECODERS
+from .tiny_decoder import decode_fast, decoder_names
 from .versions import empty, node_schema
 
 __all__ = [
+    "DECODERS",
     "PREDICTORS",
     "AutoencoderHandle",
     "ModelPatcher",
@@ -23,9 +27,12 @@ __all__ = [
     "adapted",
     "apply_adapter",
     "check_file",
+    "decode_fast",
+    "decoder_names",
     "empty",
     "file_names",
     "file_stamp",
+    "install_previews",
     "keep_base",
     "latent_spec",
     "load_autoencoder",

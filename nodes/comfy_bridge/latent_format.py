@@ -52,6 +52,7 @@ def latent_format(spec: LatentSpec) -> type[comfy.latent_formats.LatentFormat]:
         """Channels [base, detail]; previews show the base channels."""
 
         latent_channels = spec.channels
+        davae_latent = spec  # by which previews find a tiny decoder
         spacial_downscale_ratio = spec.factor
 
         def __init__(self) -> None:

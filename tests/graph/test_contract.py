@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 SEAM = Path(__file__).resolve().parents[2] / "nodes" / "comfy_bridge"
-COMFYUI = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes"}
+COMFYUI = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "latent_preview", "nodes"}
 
 # Live objects: MODEL is a stock MODEL, so MODEL.model is its inner model.
 MODEL, INNER, CONFIG = "MODEL", "MODEL.model", "MODEL.model.model_config"

@@ -48,6 +48,7 @@ SMALL = {  # what is added to each command, by its module and recipe
     "davae_core.training predictor sd3_predictor": STEPS.format(size=64),
     "davae_core.training autoencoder flux_vae_f16": STEPS.format(size=64),
     "davae_core.training predictor flux_predictor": STEPS.format(size=64),
+    "davae_core.training tiny_decoder sd3_tiny_decoder": STEPS.format(size=64),
     "davae_core.training autoencoder micro": f"{OWN} --losses.perceptual 0",
     "davae_core.training adapter micro": f"{OWN} --rank 4 --recommended.steps 2 --recommended.size 0",
 }

@@ -62,6 +62,17 @@ def test_the_upload_button_is_no_input(info: dict) -> None:
         assert to_prompt(workflow(node(1, "LoadImage", widgets)), info)["1"]["inputs"] == {"image": "photo.png"}
 
 
+def test_an_optional_widget_may_have_come_after_the_workflow_was_saved(info: dict) -> None:
+    """Then the node has its default, as in the browser."""
+    schema = {"required": {"size": ["INT", {}]}, "optional": {"decoder": [["full", "fast"], {}]}}
+    told = {**info, "Later": {**info["ImageInvert"], "input": schema}}
+    for saved, inputs in (([5], {"size": 5}), ([5, "fast"], {"size": 5, "decoder": "fast"})):
+        assert to_prompt(workflow(node(1, "Later", saved)), told)["1"]["inputs"] == inputs
+    for saved in ([], [5, "fast", 1]):
+        with pytest.raises(WorkflowError, match="saved values"):
+            to_prompt(workflow(node(1, "Later", saved)), told)
+
+
 def test_a_widget_with_a_link_takes_the_link(chain: dict, info: dict) -> None:
     chain["nodes"][0]["inputs"] = [{"name": "width", "type": "INT", "widget": {"name": "width"}, "link": 3}]
     chain["nodes"].append(node(4, "PrimitiveInt", [96, "fixed"], outputs=[{"name": "INT", "type": "INT"}]))

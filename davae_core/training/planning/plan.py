@@ -39,7 +39,7 @@ class PlanConfig:
     size: int = 0
     """Side of the images in pixels; 0: of the recipe."""
     recipe: str = ""
-    """Recipe to plan: stage 1, stage 2 or a predictor, for SD3 or FLUX.1. Without one: sd3_vae_f16, and sd35m_1024 or
+    """Recipe to plan: any at full size, for SD3 or FLUX.1. Without one: sd3_vae_f16, and sd35m_1024 or
     sd35m_2048, whichever is nearer in size."""
     micro_batch: int = 0
     """Images at once on one GPU; 0: as many as fit."""
@@ -195,7 +195,7 @@ def chosen(config: PlanConfig) -> dict[str, Recipe]:
     """
     known: dict[str, Recipe] = {
         name: recipe
-        for stage in ("autoencoder", "adapter", "predictor")
+        for stage in ("autoencoder", "adapter", "predictor", "tiny_decoder")
         for name, (_, recipe) in STAGES[stage].recipes.items()
         if name.startswith(PLANNED)
     }

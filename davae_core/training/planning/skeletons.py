@@ -15,14 +15,15 @@ from ...embeddings import Embeddings, Encoded
 from ...mmdit import MMDiT, MMDiTConfig
 from ...perceptual import perceptual_shape
 from ..run.launch import Images
-from ..tasks import adapter, autoencoder, predictor
+from ..tasks import adapter, autoencoder, predictor, tiny_decoder
 from ..tasks.adapter import AdapterRecipe, AdapterTask
 from ..tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
 from ..tasks.predictor import PredictorRecipe, PredictorTask
+from ..tasks.tiny_decoder import TinyDecoderRecipe, TinyDecoderTask
 
 Module = TypeVar("Module", bound=nn.Module)
-Recipe = AdapterRecipe | AutoencoderRecipe | PredictorRecipe
-Task = AdapterTask | AutoencoderTask | PredictorTask
+Recipe = AdapterRecipe | AutoencoderRecipe | PredictorRecipe | TinyDecoderRecipe
+Task = AdapterTask | AutoencoderTask | PredictorTask | TinyDecoderTask
 
 
 class Prompts(Embeddings):
@@ -62,6 +63,10 @@ def task(
     if not isinstance(recipe, AdapterRecipe):
         network = recipe.losses.network
         distance = empty(lambda: perceptual_shape(network)) if recipe.losses.perceptual else None
+    if isinstance(recipe, TinyDecoderRecipe):
+        whole = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
+        plain = replace(recipe, run=run, start=None, perceptual_start=0)
+        return TinyDecoderTask(plain, images, tiny_decoder.Parts(whole, distance=distance))
     if isinstance(recipe, PredictorRecipe):
         whole = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
         return PredictorTask(replace(recipe, run=run, start=None), images, predictor.Parts(whole, distance=distance))
@@ -79,8 +84,8 @@ def task(
     davae = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
     # Each step of sampling takes the same memory, and so does the second prediction of a guided one, but for a latent.
     told = replace(recipe.recommended, steps=1, cfg=1.0)
-    plain = replace(recipe, run=run, start=None, latents=None, recommended=told)
-    return AdapterTask(plain, images, adapter.Parts(davae, Prompts(text, shape), stored))
+    one_step = replace(recipe, run=run, start=None, latents=None, recommended=told)
+    return AdapterTask(one_step, images, adapter.Parts(davae, Prompts(text, shape), stored))
 
 
 def empty(build: Callable[[], Module]) -> Module:

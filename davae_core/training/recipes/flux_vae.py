@@ -7,7 +7,7 @@ differs is the units of the base latent, which ``family`` decides: (z - 0.1159) 
 from dataclasses import replace
 from pathlib import Path
 
-from .sd3_vae import SD3_PREDICTOR, SD3_VAE_F16, SD3_VAE_F16_ROBUST
+from .sd3_vae import SD3_PREDICTOR, SD3_TINY_DECODER, SD3_VAE_F16, SD3_VAE_F16_ROBUST
 
 FLUX_VAE_F16 = replace(
     SD3_VAE_F16,
@@ -27,6 +27,11 @@ FLUX_PREDICTOR = replace(
     family=FLUX_VAE_F16.family,
     file="flux_predictor.safetensors",
 )
+FLUX_TINY_DECODER = replace(
+    SD3_TINY_DECODER,
+    run=replace(SD3_TINY_DECODER.run, out=Path("output/flux_tiny_decoder")),
+    file="flux_tiny_decoder.safetensors",
+)
 
 AUTOENCODER = {
     "flux_vae_f16": ("FLUX.1's VAE to f16c32, 1024 px crops, batch 128", FLUX_VAE_F16),
@@ -34,4 +39,10 @@ AUTOENCODER = {
 }
 PREDICTOR = {
     "flux_predictor": ("the detail of flux_vae_f16 from FLUX.1's latents, 1024 px crops, batch 32", FLUX_PREDICTOR)
+}
+TINY_DECODER = {
+    "flux_tiny_decoder": (
+        "a small fast decoder for the latents of flux_vae_f16, 1024 px crops, batch 32",
+        FLUX_TINY_DECODER,
+    )
 }

@@ -1,4 +1,4 @@
-"""The recipes of the tiny family: two sizes of one recipe, ten trainings each.
+"""The recipes of the tiny family: two sizes of one recipe, eleven trainings each.
 
 ``micro`` makes 128 px images from 16 tokens, ``tiny`` 256 px images from 64. The base models work at half these sizes.
 """
@@ -13,7 +13,7 @@ from ..data.config import DataConfig
 from ..objective import ReconstructionConfig
 from ..places import SIZES, folder
 from ..run.config import OptimiserConfig, RunConfig
-from ..tasks import adapter, autoencoder, base_autoencoder, base_dit, predictor
+from ..tasks import adapter, autoencoder, base_autoencoder, base_dit, predictor, tiny_decoder
 
 # 64 at least: with 32, each of the 32 norm groups is one channel, and colours get lost.
 BASE = AutoencoderConfig(widths=(64, 64, 64, 64), blocks=1)
@@ -159,6 +159,20 @@ def finished_predictor_recipe(size: str) -> predictor.PredictorRecipe:
     )
 
 
+def tiny_decoder_recipe(size: str) -> tiny_decoder.TinyDecoderRecipe:
+    """The tiny decoder, on all images but the held-out ones: narrow, for the decoder it stands in for is small, too."""
+    return tiny_decoder.TinyDecoderRecipe(
+        data=DataConfig(_images(size, "train", "other"), size=SIZES[size], flip=False, workers=0, cache=True),
+        run=RunConfig(folder(size, "tiny_decoder"), steps=5000, batch=8),
+        autoencoder=folder(size, "autoencoder_robust") / tiny.AUTOENCODER,
+        optimiser=OptimiserConfig(lr=2e-3, schedule="cosine", ema=0.998),
+        losses=ReconstructionConfig(l1=1.0, l2=2.0, perceptual=1.5, network="st-lpips-alex", kl=0.0),
+        perceptual_start=3000,
+        widths=(48, 32, 24, 16, 16),
+        keep_latents=True,
+    )
+
+
 _ABOUT = {"micro": "64 px base, 128 px images, 16 tokens", "tiny": "128 px base, 256 px images, 64 tokens"}
 
 BASE_AUTOENCODER = {size: (about, base_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
@@ -171,3 +185,4 @@ ADAPTER = {size: (about, adapter_recipe(size)) for size, about in _ABOUT.items()
 ADAPTER |= {f"{size}-finish": (about, finished_adapter_recipe(size)) for size, about in _ABOUT.items()}
 PREDICTOR = {size: (about, predictor_recipe(size)) for size, about in _ABOUT.items()}
 PREDICTOR |= {f"{size}-finish": (about, finished_predictor_recipe(size)) for size, about in _ABOUT.items()}
+TINY_DECODER = {size: (about, tiny_decoder_recipe(size)) for size, about in _ABOUT.items()}

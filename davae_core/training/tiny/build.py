@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, ten trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, eleven trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -28,6 +28,7 @@ TRAININGS = {
     "autoencoder_finish": ("autoencoder", "-finish", tiny.AUTOENCODER),
     "autoencoder_sharpen": ("autoencoder", "-sharpen", tiny.AUTOENCODER),
     "autoencoder_robust": ("autoencoder", "-robust", tiny.AUTOENCODER),
+    "tiny_decoder": ("tiny_decoder", "", tiny.DECODER),
     "adapter": ("adapter", "", tiny.ADAPTER),
     "adapter_finish": ("adapter", "-finish", tiny.ADAPTER),
     "predictor": ("predictor", "", tiny.PREDICTOR),

@@ -23,7 +23,8 @@ from ..stages import STAGES
 AUTHOR = "DA-VAE node pack"
 LICENCE = "Apache-2.0; trained on Fluent Emoji (MIT), Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0)"
 LIMIT = 40 * 2**20
-LAST = ("base_dit", "autoencoder_robust", "adapter_finish", "predictor_finish")  # the trainings whose files ship
+# The trainings whose files ship.
+LAST = ("base_dit", "autoencoder_robust", "adapter_finish", "predictor_finish", "tiny_decoder")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def install(config: InstallConfig) -> list[Path]:
     history = metadata.history_of(files.read_metadata(trained)[1], trained.name)
     adapter = checkpoints.load_adapter(stage["adapter_finish"] / tiny.ADAPTER)
     predictor = checkpoints.load_predictor(stage["predictor_finish"] / tiny.PREDICTOR)
+    decoder = checkpoints.load_tiny_decoder(stage["tiny_decoder"] / tiny.DECODER)
     told = STAGES["adapter"].recipes[config.size][1].recommended  # chosen by what the trained family draws
     preview = preview_of(davae, folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))
@@ -66,6 +68,7 @@ def install(config: InstallConfig) -> list[Path]:
         out["vae"] / tiny.AUTOENCODER,
         out["loras"] / tiny.ADAPTER,
         out["latent_upscale_models"] / tiny.PREDICTOR,
+        out["vae_approx"] / tiny.DECODER,
     ]
     by: dict[str, Any] = {"author": AUTHOR, "licence": LICENCE}
     about = {"modelspec.title": "Tiny SD3.5", "modelspec.author": AUTHOR, "modelspec.license": LICENCE}
@@ -77,6 +80,7 @@ def install(config: InstallConfig) -> list[Path]:
     checkpoints.save_predictor(
         paths[4], predictor.half(), title="Tiny detail predictor", history=predictor.history, **by
     )
+    checkpoints.save_tiny_decoder(paths[5], decoder.half(), title="Tiny decoder", history=decoder.history, **by)
     for path in paths:
         print(f"{path.stat().st_size / 2**20:6.2f} MiB  {path}")
     total = sum(path.stat().st_size for path in paths)

@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[3]
 BASE = AutoencoderConfig(widths=(32, 32, 64, 64), blocks=1)
 MODEL = MMDiTConfig(hidden=512, depth=3, grid=48, context=256, pooled=256, dual_attention=(0, 1))
 FULL_SIZE = [
-    f"{family}_{name}" for family in ("sd3", "flux") for name in ("vae_f16", "vae_f16_robust", "predictor")
+    f"{family}_{name}"
+    for family in ("sd3", "flux")
+    for name in ("vae_f16", "vae_f16_robust", "predictor", "tiny_decoder")
 ] + ["sd35m_1024", "sd35m_2048"]
 ONE_GPU = plan.PlanConfig(gpus=1, memory=24)
 
@@ -186,7 +188,7 @@ def test_sharding_leaves_a_part_of_what_is_trained_and_gathers_it_for_the_export
     ("args", "said"),
     [
         ("--gpus 7", "batch of 128 .* cannot be divided among 7 GPUs"),
-        ("--recipe sd4", "no recipe 'sd4' to plan; choose one of flux_predictor, flux_vae_f16, "),
+        ("--recipe sd4", "no recipe 'sd4' to plan; choose one of flux_predictor, flux_tiny_decoder, flux_vae_f16, "),
         ("--size 1000", "1000 is not a multiple of 32; use 992 or 1024"),
         ("--images many", "100k or 1.5M, got 'many'"),
     ],

@@ -12,10 +12,20 @@ from davae_core.checkpoints import files, metadata
 from davae_core.errors import DAVAEError
 from davae_core.evaluation import recall
 from davae_core.evaluation.references import PICTURE, load_references
+from davae_core.tiny_decoder import TinyDecoder, TinyDecoderConfig, mismatch
 from davae_core.training.data import entries
 from davae_core.training.recipes import tiny as recipes
 from davae_core.training.run import loop
 from davae_core.training.tiny import build, install, samples
+
+
+def leave_a_tiny_decoder(autoencoder: Path, folder: Path) -> None:
+    """What its stage leaves, untrained: for the latents of this DA-VAE, with the DA-VAE's history."""
+    latent = checkpoints.load_autoencoder(autoencoder).latent
+    history = metadata.history_of(files.read_metadata(autoencoder)[1], autoencoder.name)
+    folder.mkdir()
+    model = TinyDecoder(TinyDecoderConfig(latent, (8,) * 5))
+    checkpoints.save_tiny_decoder(folder / tiny.DECODER, model, history=history)
 
 
 @pytest.fixture
@@ -23,6 +33,9 @@ def finished(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """A folder from which `output/tiny/micro` leads to finished toy trainings."""
     monkeypatch.chdir(tmp_path)
     for stage in build.TRAININGS:
+        if stage == "tiny_decoder":
+            leave_a_tiny_decoder(stages.file("autoencoder"), recipes.folder("micro", stage))
+            continue
         link = recipes.folder("micro", stage)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(
@@ -54,7 +67,10 @@ def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     read = {model.autoencoder, davae.base, finish.base, finish.start, sharpen.base, sharpen.start}
     read |= {robust.base, robust.start, adapter.model, adapter.text_encoder, adapter.autoencoder, last.start}
     read |= {predictor.autoencoder, end.autoencoder, end.start}
-    assert read == left - {last.run.out / tiny.ADAPTER, end.run.out / tiny.PREDICTOR}
+    decoder = recipes.tiny_decoder_recipe(size)
+    assert decoder.autoencoder == robust.run.out / tiny.AUTOENCODER
+    ends = {last.run.out / tiny.ADAPTER, end.run.out / tiny.PREDICTOR, decoder.run.out / tiny.DECODER}
+    assert read == left - ends
     assert (last.model, last.autoencoder) == (adapter.model, adapter.autoencoder)
 
 
@@ -65,6 +81,7 @@ def test_no_recipe_reads_a_held_out_image() -> None:
         recipes.AUTOENCODER,
         recipes.ADAPTER,
         recipes.PREDICTOR,
+        recipes.TINY_DECODER,
     ):
         for _, recipe in of_stage.values():
             assert {Path(entries.parse(images).place).name for images in recipe.data.images} <= {"train", "other"}
@@ -88,6 +105,7 @@ def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
         assert history is not None and history.steps == 2 and history.of
         assert str(finished.parent) not in str(history.settings)
     assert checkpoints.load_text_encoder(paths[1]).config.vocabulary
+    assert not mismatch(checkpoints.load_tiny_decoder(paths[5]).latent, adapter.config.latent)
 
 
 def test_a_family_without_all_stages_is_not_installed(finished: Path) -> None:
@@ -103,7 +121,7 @@ def test_building_a_finished_family_trains_nothing(
     asked = []
     monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 10
+    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 11
     assert [config.size for config in asked] == [128]
 
 
