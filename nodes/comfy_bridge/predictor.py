@@ -66,7 +66,7 @@ def require_same_latent(predictor: LatentSpec, davae: LatentSpec, file: str, dav
         )
     for one, other in ((predictor.base_shift, davae.base_shift), (predictor.base_scale, davae.base_scale)):
         here, there = (torch.as_tensor(value, dtype=torch.float64) for value in (one, other))
-        if not torch.allclose(*torch.broadcast_tensors(here, there), rtol=1e-3, atol=1e-5):
+        if not bool(torch.isclose(here, there, rtol=1e-3, atol=1e-5).all()):
             raise LatentError(
                 f"{file} predicts the detail of another family's latents (shift {_told(predictor.base_shift)}, scale "
                 f"{_told(predictor.base_scale)}), the DA-VAE {davae_file} stands on a base of shift "

@@ -53,11 +53,11 @@ class LatentsConfig:
     out: Path
     """Folder for the latents."""
     shard: int = 256
-    """Latents in a file; what an interruption costs at most."""
+    """Latents per file; an interruption costs at most this many."""
     dtype: Literal["fp16", "fp32"] = "fp16"
-    """Stored numbers. The arithmetic is in fp32."""
+    """Precision of the stored numbers; the arithmetic is in fp32."""
     device: str = "auto"
-    """auto: a GPU where there is one."""
+    """Device to compute on; auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
         if self.shard < 1:

@@ -101,17 +101,12 @@ def check_units(z_base: torch.Tensor, latent: LatentSpec) -> None:
         z_base: ``[B, C, h, w]`` in the autoencoder's units.
         latent: the units that are taken for theirs.
     """
-    own = _base_in_units(latent)
-    std = float(z_base.float().std())
-    scale = float(torch.as_tensor(latent.base_scale).mean())
-    if own is None or abs(math.log(max(scale * std, 1e-9))) <= math.log(2):
+    own, std = _base_in_units(latent), z_base.float().std()
+    if own is None or own.normalisation is None or bool((own.normalisation[1] * std).log().abs() <= math.log(2)):
         return
-    alike = [
-        base
-        for base in BASES.values()
-        if (base.latent_channels, base.factor) == (latent.base_channels, latent.base_factor) and base.normalisation
-    ]
-    stds = {base.name: base.normalisation[1] * std for base in alike if base.normalisation}
+    shape = (latent.base_channels, latent.base_factor)
+    alike = [base for base in BASES.values() if (base.latent_channels, base.factor) == shape]
+    stds = {base.name: base.normalisation[1] * float(std) for base in alike if base.normalisation}
     near = min(stds, key=lambda name: abs(math.log(max(stds[name], 1e-9))))
     if near != own.name:
         logger.warning(

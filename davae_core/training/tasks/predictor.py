@@ -23,12 +23,14 @@ from ...predictor import DetailPredictor, PredictorConfig
 from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..data.latents import LatentCache
+from ..data.varied import varied
 from ..objective import Reconstruction, ReconstructionConfig
 from ..run.config import OptimiserConfig, RunConfig
 from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from . import pieces
+from .adapted import units
 from .begin import check_family
 from .recompute import blocks_of, recompute
 
@@ -58,6 +60,9 @@ class PredictorRecipe:
     base_noise: float = 0.3
     """Most noise that is added to the base, in standard deviations; its level is drawn for each sample from 0 to this.
     Drawn latents are not those of pictures."""
+    vary: bool = False
+    """Turn and mirror the images and exchange their colours, chosen anew every time: for small sets, whose images
+    would be remembered instead."""
     keep_latents: bool = False
     """Keep the latents of all images in memory."""
     gradient_checkpointing: bool = False
@@ -87,7 +92,8 @@ class PredictorPhase(Phase):
         """See :class:`Phase`."""
         (davae,), recipe = self._davae, self.recipe
         draws = Draws(recipe.run.seed, step, batch["position"])
-        base, detail = davae.latent.split(self.latents(batch["image"]))
+        image = varied(batch["image"], draws) if recipe.vary else batch["image"]
+        base, detail = davae.latent.split(self.latents(image))
         level = recipe.base_noise * draws.uniform("level").to(base).view(-1, 1, 1, 1)
         base = base + level * draws.normal("noise", base)
         predicted = self.model(base).float()
@@ -95,7 +101,7 @@ class PredictorPhase(Phase):
         losses = {"loss": recipe.latent * error, "latent": error}
         if self.loss is not None:
             y = davae.decode(davae.latent.denormalise(torch.cat([base, predicted], dim=1)))
-            parts = self.loss(batch["image"], y)
+            parts = self.loss(image, y)
             losses = losses | parts | {"loss": losses["loss"] + parts["loss"]}
         return losses
 
@@ -201,11 +207,11 @@ def check_continues(start: PredictorConfig, wanted: PredictorConfig) -> None:
             f"the predictor to start from (--start) has width {start.width} and {start.blocks} block(s), expected "
             f"{wanted.width} and {wanted.blocks}; give its --width and --blocks"
         )
-    here, there = (torch.tensor(config.latent.detail_mean + config.latent.detail_std) for config in (start, wanted))
+    here, there = (torch.tensor(units(config.latent)) for config in (start, wanted))
     if len(here) != len(there) or not torch.allclose(here, there, rtol=1e-3, atol=1e-4):
         raise DAVAEError(
-            "the predictor to start from (--start) is for another DA-VAE: the statistics of its detail differ from "
-            "those of --autoencoder; give the DA-VAE it was trained with"
+            "the predictor to start from (--start) is for another DA-VAE: the units of its base or its detail "
+            "differ from those of --autoencoder; give the DA-VAE it was trained with"
         )
 
 

@@ -56,13 +56,13 @@ class TextConfig:
     tokenizers: Path | None = None
     """A ComfyUI folder, or a folder of diffusers' layout, where the tokenizers are."""
     batch: int = 16
-    """Captions at once."""
+    """Captions to encode at once."""
     shard: int = 256
-    """Captions in a file; what an interruption costs at most. 256 take about 250 MB in fp16."""
+    """Captions per file; an interruption costs at most this many. 256 take about 250 MB in fp16."""
     dtype: Literal["fp16", "fp32"] = "fp16"
-    """Stored numbers. The arithmetic is in fp32."""
+    """Precision of the stored numbers; the arithmetic is in fp32."""
     device: str = "auto"
-    """auto: a GPU where there is one."""
+    """Device to compute on; auto takes a GPU where there is one."""
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.shard < 1:

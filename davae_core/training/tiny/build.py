@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, eleven trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, twelve trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -32,6 +32,7 @@ TRAININGS = {
     "adapter": ("adapter", "", tiny.ADAPTER),
     "adapter_finish": ("adapter", "-finish", tiny.ADAPTER),
     "predictor": ("predictor", "", tiny.PREDICTOR),
+    "predictor_vary": ("predictor", "-vary", tiny.PREDICTOR),
     "predictor_finish": ("predictor", "-finish", tiny.PREDICTOR),
 }
 

@@ -12,12 +12,14 @@ from davae_core import bases, checkpoints
 from davae_core.checkpoints import files
 from davae_core.errors import DAVAEError
 from davae_core.latent import LatentSpec
+from davae_core.predictor import PredictorConfig
 from davae_core.training import recipes
 from davae_core.training import stages as entry
 from davae_core.training.pretrained import base_of_file
 from davae_core.training.recipes import flux_vae, sd3_vae
 from davae_core.training.run import config
 from davae_core.training.tasks.begin import check_units
+from davae_core.training.tasks.predictor import check_continues
 from harness.layouts import random_vae
 
 FLUX = (0.1159, 0.3611)
@@ -121,6 +123,14 @@ def test_an_sd3_model_is_not_trained_on_flux_s_latents(stages: Any, tmp_path: Pa
     files.save(tmp_path / "ae.safetensors", tensors, {})
     with pytest.raises(DAVAEError, match=r"FLUX\.1 \(told by its name\), but --family sd3"):
         stages.run("base_dit", tmp_path / "dit", 1, "--autoencoder", str(tmp_path / "ae.safetensors"))
+
+
+@pytest.mark.parametrize("other", [{"base_shift": FLUX[0], "base_scale": FLUX[1]}, {"detail_std": (2.0,) * 16}])
+def test_a_predictor_goes_on_in_its_own_units_alone(other: dict[str, Any]) -> None:
+    own = PredictorConfig(LatentSpec())
+    check_continues(own, own)
+    with pytest.raises(DAVAEError, match="is for another DA-VAE: the units of"):
+        check_continues(own, PredictorConfig(LatentSpec(**other)))
 
 
 def test_recomputation_changes_no_loss_of_a_predictor(stages: Any, tmp_path: Path) -> None:

@@ -122,6 +122,11 @@ def test_without_recomputation_a_predictor_does_not_fit_24_gb() -> None:
     assert plan.on_one(plain, 1, ONE_GPU, only_step=True).most > 0.9 * 24e9
 
 
+def test_latents_without_numbers_are_taken_for_no_other_bases(caplog: pytest.LogCaptureFixture) -> None:
+    plan.on_one(known("flux_vae_f16"), 1, ONE_GPU, only_step=True)
+    assert not caplog.records
+
+
 def test_a_predictor_can_be_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--gpus", "1", "--memory", "24", "--recipe", "flux_predictor", "--micro-batch", "2"]) == 0
     said = capsys.readouterr().out

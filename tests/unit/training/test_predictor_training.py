@@ -46,12 +46,13 @@ def test_the_picture_counts_where_it_is_asked_for(stages: Any, tmp_path: Path) -
     assert all("decoder" not in name for name in state.load(tmp_path).tensors)
 
 
-def test_a_resumed_run_is_the_run(stages: Any, tmp_path: Path) -> None:
-    assert run(stages, tmp_path / "whole", 4) == 0
-    assert run(stages, tmp_path / "cut", 2, "--optimiser.schedule", "constant") == 0
-    assert run(stages, tmp_path / "whole_2", 4, "--optimiser.schedule", "constant") == 0
-    assert run(stages, tmp_path / "cut", 4, "--optimiser.schedule", "constant", "--run.resume") == 0
-    one, two = (state.load(tmp_path / name).tensors for name in ("whole_2", "cut"))
+@pytest.mark.parametrize("vary", ["--no-vary", "--vary"])
+def test_a_resumed_run_is_the_run(stages: Any, tmp_path: Path, vary: str) -> None:
+    more = ("--optimiser.schedule", "constant", vary, "--no-keep-latents")
+    assert run(stages, tmp_path / "whole", 4, *more) == 0
+    assert run(stages, tmp_path / "cut", 2, *more) == 0
+    assert run(stages, tmp_path / "cut", 4, *more, "--run.resume") == 0
+    one, two = (state.load(tmp_path / name).tensors for name in ("whole", "cut"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

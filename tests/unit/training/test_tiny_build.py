@@ -61,12 +61,13 @@ def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     sharpen, robust = recipes.sharpened_autoencoder_recipe(size), recipes.robust_autoencoder_recipe(size)
     last = recipes.finished_adapter_recipe(size)
     predictor, end = recipes.predictor_recipe(size), recipes.finished_predictor_recipe(size)
+    vary = recipes.varied_predictor_recipe(size)
     model, adapter = recipes.base_dit_recipe(size), recipes.adapter_recipe(size)
     left = {recipes.folder(size, stage) / file for stage, (*_, file) in build.TRAININGS.items()}
     left.add(recipes.folder(size, "base_dit") / tiny.MODEL)
     read = {model.autoencoder, davae.base, finish.base, finish.start, sharpen.base, sharpen.start}
     read |= {robust.base, robust.start, adapter.model, adapter.text_encoder, adapter.autoencoder, last.start}
-    read |= {predictor.autoencoder, end.autoencoder, end.start}
+    read |= {predictor.autoencoder, end.autoencoder, end.start, vary.start}
     decoder = recipes.tiny_decoder_recipe(size)
     assert decoder.autoencoder == robust.run.out / tiny.AUTOENCODER
     ends = {last.run.out / tiny.ADAPTER, end.run.out / tiny.PREDICTOR, decoder.run.out / tiny.DECODER}
@@ -121,7 +122,7 @@ def test_building_a_finished_family_trains_nothing(
     asked = []
     monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 11
+    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 12
     assert [config.size for config in asked] == [128]
 
 
