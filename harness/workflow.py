@@ -151,21 +151,22 @@ def _widgets(node: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, An
     if isinstance(values, Mapping):  # some nodes of other packs keep names
         return {name: values[name] for name, _, _ in _inputs(inputs) if name in values}
     names: list[str] = []
-    fewest = 0  # saved values: optional widgets at the end may have come after the workflow was saved
+    fewest = 0  # saved values: optional widgets with a default may have come after the workflow was saved
     for name, kind, options in _inputs(inputs):
         if not _is_widget(kind, options):
             continue
         names.append(name)
         if _has_control(name, kind, options) or options.get("image_upload"):
             names.append(EXTRA)
-        if name not in inputs.get("optional", {}):
+        if name not in inputs.get("optional", {}) or "default" not in options:
             fewest = len(names) - (names[-1:] == [EXTRA])
     if not fewest <= len(values) <= len(names):
         raise WorkflowError(
             f"{_name(node)} has {len(values)} saved values, but in this ComfyUI the widgets {', '.join(names)}; save "
             "the workflow again in the browser"
         )
-    named = dict(zip(names, values))
+    later = {name: options["default"] for name, _, options in _inputs(inputs) if name in names[len(values) :]}
+    named = dict(zip(names, values)) | later
     named.pop(EXTRA, None)
     for name, _, options in _inputs(inputs):
         if options.get("dynamicPrompts") and WILDCARD.search(str(named.get(name, ""))):

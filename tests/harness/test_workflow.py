@@ -64,9 +64,9 @@ def test_the_upload_button_is_no_input(info: dict) -> None:
 
 def test_an_optional_widget_may_have_come_after_the_workflow_was_saved(info: dict) -> None:
     """Then the node has its default, as in the browser."""
-    schema = {"required": {"size": ["INT", {}]}, "optional": {"decoder": [["full", "fast"], {}]}}
+    schema = {"required": {"size": ["INT", {}]}, "optional": {"decoder": [["full", "fast"], {"default": "full"}]}}
     told = {**info, "Later": {**info["ImageInvert"], "input": schema}}
-    for saved, inputs in (([5], {"size": 5}), ([5, "fast"], {"size": 5, "decoder": "fast"})):
+    for saved, inputs in (([5], {"size": 5, "decoder": "full"}), ([5, "fast"], {"size": 5, "decoder": "fast"})):
         assert to_prompt(workflow(node(1, "Later", saved)), told)["1"]["inputs"] == inputs
     for saved in ([], [5, "fast", 1]):
         with pytest.raises(WorkflowError, match="saved values"):
