@@ -1,6 +1,7 @@
 """Real trainings of toy models on generated images: a few steps each, through the scripts' own main functions."""
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,6 +50,14 @@ def with_gradients(repeatable: None) -> Iterator[None]:
     """The other unit tests run without autograd; these train."""
     with torch.enable_grad():
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def as_from_a_terminal() -> Iterator[None]:
+    """A suite that nohup started ignores SIGHUP, and so would every run in it, as it should."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
