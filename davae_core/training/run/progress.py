@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -17,6 +18,26 @@ from ...images import save_image, to_bytes
 from . import faults, heartbeat, validation
 
 REFRESH_SECONDS = 4.0
+
+
+class _Screen:
+    """Standard error, which may go away: the terminal is closed, or the program that it was piped to has ended.
+
+    tqdm does not give its lock back where writing fails, and every other thread that shows something would wait for it
+    for ever. So nothing fails here.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 class Report:
@@ -32,7 +53,9 @@ class Report:
         self._before = {*folder.glob("events.*"), *folder.glob(validation.FILE)}
         slow = {} if sys.stderr.isatty() else {"mininterval": REFRESH_SECONDS}
         heartbeat.at("")
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not active, dynamic_ncols=True, **slow)
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not active, dynamic_ncols=True, file=_Screen(), **slow
+        )
         self._closed = threading.Event()
         if active:
             threading.Thread(target=self._refresh, daemon=True).start()
@@ -119,7 +142,7 @@ class Report:
         """A line that does not break the bar."""
         if self.active:
             with suppress(OSError):
-                self.bar.write(line, file=sys.stderr)
+                self.bar.write(line, file=_Screen())
 
     def warn(self, line: str) -> None:
         """A line about something that went wrong and does not stop the training."""

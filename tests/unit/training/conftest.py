@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 from davae_core import tiny
 from davae_core.checkpoints import files
@@ -50,6 +52,13 @@ def with_gradients(repeatable: None) -> Iterator[None]:
     """The other unit tests run without autograd; these train."""
     with torch.enable_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def a_lock_of_its_own() -> Iterator[None]:
+    """A run that is ended in the middle of a line keeps tqdm's lock, which other tests' threads would wait for."""
+    yield
+    tqdm.set_lock(TqdmDefaultWriteLock())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from davae_core.errors import CheckpointError, DAVAEError, WriteError
 from davae_core.lock import holding
 from davae_core.training.data import dataset
 from davae_core.training.data.batches import Draw
-from davae_core.training.run import folder, loop, state, stopping
+from davae_core.training.run import folder, loop, progress, state, stopping
 from davae_core.training.run.config import OptimiserConfig
 from davae_core.training.run.faults import RunError
 from harness import toy_run
@@ -339,6 +340,38 @@ def test_a_terminal_that_is_gone_does_not_stop_a_run(
     assert train(images, out, line) == loop.INTERRUPTED
     monkeypatch.undo()
     check_nothing_is_lost(images, out, 4, whole)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error")])
+def test_a_screen_that_goes_away_between_two_steps_does_not_hold_up_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """Where the thread that lets the clock go on is the first to notice."""
+
+    class Screen:
+        encoding, gone = "utf-8", False
+
+        def write(self, text: str) -> int:
+            if self.gone:
+                raise error
+            return len(text)
+
+        def flush(self) -> None:
+            self.write("")
+
+        def isatty(self) -> bool:
+            return False
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.05)
+    report = progress.Report(tmp_path, 0, 10, True)
+    screen.gone = True
+    time.sleep(0.3)
+    main = threading.Thread(target=lambda: (report.step(), report.say("a line"), report.close()), daemon=True)
+    main.start()
+    main.join(5)
+    assert not main.is_alive()
 
 
 def test_what_nohup_ignores_stays_ignored(images: Path, out: Path) -> None:
