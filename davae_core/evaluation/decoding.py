@@ -9,7 +9,7 @@ DIR is a folder with ``held_out/`` in it, whose images are taken, or any folder 
 
 import argparse
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -79,20 +79,10 @@ def seconds(davae: DAVAE, decoder: TinyDecoder, side: int, repeats: int, device:
     z = spec.denormalise(noise)
     taken: dict[str, list[float]] = {"joint": [], "tiny": []}
     for _ in range(repeats + 1):  # the first is not counted
-        taken["joint"].append(_seconds(lambda: davae.decode(z), device))
-        taken["tiny"].append(_seconds(lambda: decoder.decode(z), device))
+        taken["joint"].append(figures.seconds(lambda: davae.decode(z), device))
+        taken["tiny"].append(figures.seconds(lambda: decoder.decode(z), device))
     joint, small = (min(times[1:]) for times in taken.values())
     return {"joint": joint, "tiny": small, "part": small / joint}
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begun = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begun
 
 
 def bounds_of(told: Mapping[str, Mapping[str, float]], times: Mapping[str, Mapping[str, float]]) -> list[Bound]:

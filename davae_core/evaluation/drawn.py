@@ -73,7 +73,7 @@ def _add(lists: Lists, more: Mapping[str, Sequence[float]]) -> None:
         lists.setdefault(name, []).extend(values)
 
 
-def _batches(
+def batches(
     asked: Sequence[Asked], size: int, side: int, family: Family, said: str
 ) -> Iterator[tuple[Sequence[Asked], torch.Tensor]]:
     """Captions with their pictures on the family's device, a batch at a time; says how far it is."""
@@ -88,7 +88,7 @@ def _batches(
 def reconstructed(family: Family, asked: Sequence[Asked], distances: Sequence[PerceptualDistance], size: int) -> Lists:
     """:func:`against` of the pictures' own reconstructions, one figure per picture: the floor of every drawing."""
     lists: Lists = {}
-    for _, x in _batches(asked, size, generate.image_size(family), family, "reconstructed"):
+    for _, x in batches(asked, size, generate.image_size(family), family, "reconstructed"):
         _add(lists, against(family.davae.decode(family.davae.encode(x)).clamp(-1, 1), x, distances))
     return lists
 
@@ -126,7 +126,7 @@ def known(
     verdicts: list[recall.Verdict] = []
     rows = {row.caption: row for row in shown}
     spec = family.latent
-    for some, x in _batches(asked, size, generate.image_size(family), family, f"known captions, seed {seed}"):
+    for some, x in batches(asked, size, generate.image_size(family), family, f"known captions, seed {seed}"):
         prompts = [one.prompt for one in some]
         z = generate.adapted_latents(family, prompts, seed, how.adapted)
         native = generate.base_latents(family, prompts, seed, how.base)
@@ -178,7 +178,7 @@ def unknown(
     verdicts: list[recall.Verdict] = []
     found: list[torch.Tensor] = []
     rows = {row.caption: row for row in shown}
-    for some, x in _batches(asked, size, generate.image_size(family), family, f"unknown captions, seed {seed}"):
+    for some, x in batches(asked, size, generate.image_size(family), family, f"unknown captions, seed {seed}"):
         prompts = [one.prompt for one in some]
         y = generate.adapted_images(family, prompts, seed, sampling)
         verdicts += recall.judge(y, [prompt.caption for prompt in prompts], references)

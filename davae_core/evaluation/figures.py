@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import time
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -130,3 +131,14 @@ def device(name: str) -> torch.device:
         said = str(problem).splitlines()[0]
         raise DAVAEError(f"cannot compute on the device {name!r} ({said}); use --device cpu") from problem
     return found
+
+
+def seconds(work: Callable[[], object], on: torch.device) -> float:
+    """How long a call takes, until the device has done it."""
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+    begun = time.perf_counter()
+    work()
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+    return time.perf_counter() - begun

@@ -35,7 +35,7 @@ from .drawing import asked_of
 from .drawn import Asked
 from .family import Family, hashed, load_family
 from .figures import Bound
-from .pictures import find_pictures, read_batches, read_squares, references_of
+from .pictures import find_pictures, read_batches, references_of
 from .reconstruction import available_metrics, progress, reconstruct
 from .references import References
 
@@ -62,22 +62,13 @@ def completed(davae: DAVAE, predictor: DetailPredictor, x: torch.Tensor) -> dict
 def time_share(davae: DAVAE, predictor: DetailPredictor, z_base: torch.Tensor, turns: int = TURNS) -> float:
     """Time of a prediction over that of the decoding after it, for ``z_base [1, C, h, w]``: the median of so many
     turns, both in each."""
-    shares = []
-    z = predictor.complete(z_base)
+    z, device = predictor.complete(z_base), z_base.device
     davae.decode(z)
-    for _ in range(turns):
-        start = _now(z)
-        z = predictor.complete(z_base)
-        middle = _now(z)
-        davae.decode(z)
-        shares.append((middle - start) / (_now(z) - middle))
+    shares = [
+        figures.seconds(lambda: predictor.complete(z_base), device) / figures.seconds(lambda: davae.decode(z), device)
+        for _ in range(turns)
+    ]
     return statistics.median(shares)
-
-
-def _now(x: torch.Tensor) -> float:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter()
 
 
 def ways_of(family: Family, predictor: DetailPredictor) -> dict[str, Predict]:
@@ -106,7 +97,7 @@ def measure_drawn(
     lists: dict[str, drawn.Lists] = {}
     verdicts: dict[str, list[recall.Verdict]] = {}
     rows: dict[str, list[torch.Tensor]] = {}
-    for some, x in _batches(asked, args.batch, family, "drawn"):
+    for some, x in drawn.batches(asked, args.batch, generate.image_size(family), family, "drawn"):
         prompts = [one.prompt for one in some]
         z = generate.base_latents(family, prompts, args.seed, how)
         made = {name: way(z).clamp(-1, 1) for name, way in ways.items()}
@@ -141,7 +132,7 @@ def measure_denoise(
         "predicted": predictor.complete,
     }
     lists: dict[tuple[str, float], drawn.Lists] = {}
-    for some, x in _batches(asked, args.batch, family, "painted over"):
+    for some, x in drawn.batches(asked, args.batch, generate.image_size(family), family, "painted over"):
         prompts = [one.prompt for one in some]
         z = generate.base_latents(family, prompts, args.seed, base)
         for name, begin in begun.items():
@@ -151,16 +142,6 @@ def measure_denoise(
                 for figure, values in drawn.against(family.davae.decode(over).clamp(-1, 1), x, metrics).items():
                     kept.setdefault(figure, []).extend(values)
     return {name: {f"{d:g}": drawn.means(lists[name, d]) for d in args.denoise} for name in begun}
-
-
-def _batches(
-    asked: Sequence[Asked], size: int, family: Family, said: str
-) -> Iterator[tuple[Sequence[Asked], torch.Tensor]]:
-    side, start = generate.image_size(family), time.monotonic()
-    for first in range(0, len(asked), size):
-        some = asked[first : first + size]
-        yield some, read_squares([one.picture for one in some], side).to(family.device)
-        print(f"{said}: {first + len(some)} of {len(asked)}, {time.monotonic() - start:.0f} s", flush=True)
 
 
 def bounds_of(held_out: Mapping[str, Mapping[str, float]], share: float) -> list[Bound]:
