@@ -30,6 +30,7 @@ FLUX_PREDICTOR = replace(
 FLUX_TINY_DECODER = replace(
     SD3_TINY_DECODER,
     run=replace(SD3_TINY_DECODER.run, out=Path("output/flux_tiny_decoder")),
+    family=FLUX_VAE_F16.family,
     file="flux_tiny_decoder.safetensors",
 )
 

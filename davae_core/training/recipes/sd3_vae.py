@@ -86,6 +86,7 @@ SD3_TINY_DECODER = TinyDecoderRecipe(
     data=SD3_VAE_F16.data,
     run=replace(SD3_VAE_F16.run, out=Path("output/sd3_tiny_decoder"), steps=20_000, batch=32, micro_batch=4),
     autoencoder=tyro.MISSING,
+    family="sd3",
     optimiser=OptimiserConfig(lr=5e-4, betas=(0.9, 0.99), warmup=500, schedule="cosine", ema=0.999),
     losses=ReconstructionConfig(l1=1.0, l2=2.0, perceptual=1.0, network="st-lpips-vgg", kl=0.0),
     widths=(64, 64, 48, 24, 16),

@@ -13,7 +13,7 @@ from statistics import fmean, median
 
 import torch
 
-from ... import checkpoints, tiny
+from ... import bases, checkpoints, tiny
 from ...davae import DAVAE
 from ...errors import DAVAEError
 from ...history import History, Identity, Role, identity
@@ -30,6 +30,7 @@ from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from . import pieces
+from .begin import check_family
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class TinyDecoderRecipe:
     run: RunConfig
     autoencoder: Path
     """File of the DA-VAE."""
+    family: str | None = None
+    """Base model whose VAE the DA-VAE must stand on: sd1, sdxl, sd3, flux1 or vavae; without it any is taken."""
     start: Path | None = None
     """Tiny decoder file whose weights the run starts from; otherwise from nothing."""
     optimiser: OptimiserConfig = OptimiserConfig(lr=1e-3, schedule="cosine")
@@ -124,6 +127,8 @@ class Parts:
     def read(cls, recipe: TinyDecoderRecipe) -> "Parts":
         """Out of the recipe's files."""
         davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32)
+        if recipe.family:
+            check_family(davae.latent, bases.base_of(davae.config.base, recipe.family), recipe.autoencoder.name)
         of: dict[Role, Identity] = {"davae": identity("davae", davae.state_dict(), recipe.autoencoder.name)}
         if recipe.start is None:
             return cls(davae, of=of)

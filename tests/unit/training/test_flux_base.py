@@ -107,6 +107,8 @@ def test_a_start_or_davae_in_the_units_of_another_base_is_refused(stages: Any, t
         train(stages, "autoencoder", "flux_vae_f16_robust", tmp_path / "robust", *given)
     with pytest.raises(DAVAEError, match=said):
         train(stages, "predictor", "flux_predictor", tmp_path / "predictor", "--autoencoder", str(davae))
+    with pytest.raises(DAVAEError, match=said):
+        train(stages, "tiny_decoder", "flux_tiny_decoder", tmp_path / "tiny", "--autoencoder", str(davae))
     # Under a DA-VAE lies its base's VAE, in the units that it was trained in.
     with pytest.raises(DAVAEError, match=r"VAE of SD3 / SD3\.5 \(told by the units of its latent\)"):
         train(stages, "autoencoder", "flux_vae_f16", tmp_path / "again", "--base", str(davae))
@@ -198,6 +200,7 @@ def test_the_recipes_for_flux_are_those_for_sd3_but_for_the_units() -> None:
         (flux_vae.FLUX_VAE_F16, sd3_vae.SD3_VAE_F16),
         (flux_vae.FLUX_VAE_F16_ROBUST, sd3_vae.SD3_VAE_F16_ROBUST),
         (flux_vae.FLUX_PREDICTOR, sd3_vae.SD3_PREDICTOR),
+        (flux_vae.FLUX_TINY_DECODER, sd3_vae.SD3_TINY_DECODER),
     ]
     for flux, sd3 in pairs:
         one, two = config.flat(flux), config.flat(sd3)
@@ -206,4 +209,4 @@ def test_the_recipes_for_flux_are_those_for_sd3_but_for_the_units() -> None:
     assert {"flux_vae_f16", "flux_vae_f16_robust"} <= recipes.AUTOENCODER.keys()
     assert {"sd3_predictor", "flux_predictor"} <= recipes.PREDICTOR.keys()
     places = [recipe.run.out for recipe, _ in pairs] + [recipe.run.out for _, recipe in pairs]
-    assert len(set(places)) == 6, "no recipe writes into another's folder"
+    assert len(set(places)) == 8, "no recipe writes into another's folder"
