@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from ...davae_core import checkpoints
 from ...davae_core.errors import LatentError
 from ...davae_core.latent import LatentSpec, with_zero_detail
+from ...davae_core.memory import MARGIN
 from ...davae_core.predictor import DetailPredictor
 from .autoencoder import AutoencoderHandle, check_interrupt
 from .folders import file_stamp, require_file
@@ -20,7 +21,7 @@ KIND = "latent_upscale_models"
 # On the DA-VAE's own patcher: the last predictor that it was used with, which goes with it.
 _KEPT = "davae_predictor"
 
-# A block's input, norm and convolution, and what the kernels take: 5 to 7 maps of the network's width were measured.
+# A block's input, norm and convolution, and what the kernels take: 5 to 8.3 maps of the network's width were measured.
 _HELD = 8
 
 
@@ -46,7 +47,7 @@ def predict_detail(davae: AutoencoderHandle, name: str, z_base: torch.Tensor) ->
     note_predictor(model.history, name, davae.model, davae.name)
     management = comfy.model_management
     batch, channels, height, width = z_base.shape
-    need = _HELD * model.config.width * height * width * davae.dtype.itemsize
+    need = round(MARGIN * _HELD * model.config.width * height * width * davae.dtype.itemsize)
     management.load_models_gpu([patcher], memory_required=need, force_full_load=True)
     for i in range(batch):
         check_interrupt()
