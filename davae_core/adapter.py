@@ -15,8 +15,7 @@ An adapter's tensors:
 Rows of a head are [token position, channel], channel innermost, in the SD3.5 layout.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,28 +24,15 @@ from .bases import MMDIT
 from .errors import CheckpointError, DAVAEError
 from .history import History
 from .latent import LatentSpec
+from .lora import NOT_LORA, add_lora, check_lora, module_shape
 from .mmdit import MMDiTConfig
 from .shapes import dims
 
-PREFIX = "davae."
+PREFIX = NOT_LORA
 EMBED, HEAD = MMDIT.embedder, MMDIT.head
 WIDENED = (f"{EMBED}weight", f"{EMBED}bias", f"{HEAD}weight", f"{HEAD}bias")
 
-# LoRA module name (diffusers) -> weight in the SD3.5 layout, and which third of a fused projection it is.
-LORA_MODULES = dict(MMDIT.lora_modules)
 PAPER_TARGETS = MMDIT.lora_targets
-
-# Features of a LoRA module, in parts of the model's width: (out, several where blocks differ), in.
-_FEATURES: dict[str, tuple[tuple[int, ...], int]] = {
-    "norm1.linear": ((6, 9), 1),
-    "ff.net.0.proj": ((4,), 1),
-    "ff_context.net.0.proj": ((4,), 1),
-    "ff.net.2": ((1,), 4),
-    "ff_context.net.2": ((1,), 4),
-}
-
-_BLOCK = re.escape(MMDIT.lora_block).replace(r"\{\}", r"(\d+)")
-_LORA_NAME = re.compile(rf"({_BLOCK}(.+))\.(lora_A\.weight|lora_B\.weight|alpha)")
 
 
 @dataclass(frozen=True)
@@ -122,7 +108,7 @@ class AdapterConfig:
         unknown = [name for name in state if name.startswith(PREFIX) and name not in wanted]
         if unknown:
             raise CheckpointError(f"unknown tensor in the adapter: {unknown[0]}")
-        _check_lora(state, hidden)
+        check_lora(state, hidden)
         return cls(latent=LatentSpec(base_channels=base, detail_channels=detail), hidden=hidden, patch=patch)
 
 
@@ -176,21 +162,13 @@ def zero_adapter(
                 continue
             if module in MMDIT.not_in_the_last_block and block == model.depth - 1:
                 continue
-            out_features, in_features = _module_shape(module, model, block)
+            out_features, in_features = module_shape(module, model, block)
             name = f"{MMDIT.lora_block.format(block)}{module}"
             first = torch.empty(rank, in_features)
             state[f"{name}.lora_A.weight"] = first.normal_(std=1 / rank, generator=generator)
             state[f"{name}.lora_B.weight"] = torch.zeros(out_features, rank)
             state[f"{name}.alpha"] = torch.tensor(float(rank))
     return Adapter(AdapterConfig(latent, model.hidden, model.patch), state)
-
-
-def _module_shape(module: str, model: MMDiTConfig, block: int) -> tuple[int, int]:
-    """(out, in) features of a LoRA module."""
-    if module not in LORA_MODULES:
-        raise DAVAEError(f"unknown LoRA module {module!r}, expected one of {', '.join(LORA_MODULES)}")
-    outs, features = _FEATURES.get(module, ((1,), 1))
-    return outs[block in model.dual_attention if len(outs) > 1 else 0] * model.hidden, features * model.hidden
 
 
 def check_fits(adapter: AdapterConfig, embedder: tuple[int, ...], head: tuple[int, ...]) -> None:
@@ -249,56 +227,6 @@ def widen(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 
     return wide
 
 
-def _lora_stems(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, str]]:
-    """Block and module of every LoRA, by the name that its tensors start with.
-
-    Raises:
-        CheckpointError: a tensor is of no known module, or one of a LoRA's two factors is missing.
-    """
-    stems: dict[str, tuple[int, str]] = {}
-    for name in state:
-        if name.startswith(PREFIX):
-            continue
-        match = _LORA_NAME.fullmatch(name)
-        if match is None or match.group(3) not in LORA_MODULES:
-            raise CheckpointError(f"unknown tensor in the adapter: {name}")
-        stems[match.group(1)] = (int(match.group(2)), match.group(3))
-    for stem in stems:
-        for factor in ("lora_A", "lora_B"):
-            if f"{stem}.{factor}.weight" not in state:
-                raise CheckpointError(f"damaged adapter: {stem}.{factor}.weight is not there")
-        down, up = (state[f"{stem}.{factor}.weight"].shape for factor in ("lora_A", "lora_B"))
-        if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
-            raise CheckpointError(f"damaged adapter: {stem} has factors of shapes {list(down)} and {list(up)}")
-    return stems
-
-
-def _check_lora(state: Mapping[str, torch.Tensor], hidden: int) -> None:
-    """Raise CheckpointError unless every LoRA fits its module in a model of this width."""
-    for stem, (_, module) in _lora_stems(state).items():
-        outs, features = _FEATURES.get(module, ((1,), 1))
-        down, up = (state[f"{stem}.lora_{factor}.weight"].shape for factor in "AB")
-        if down[1] != features * hidden or up[0] not in [out * hidden for out in outs] or not down[0]:
-            raise CheckpointError(
-                f"damaged adapter: {stem} has factors of shapes {list(down)} and {list(up)}, expected [rank, "
-                f"{features * hidden}] and [{' or '.join(str(out * hidden) for out in outs)}, rank] for a model of "
-                f"width {hidden}"
-            )
-        alpha = state.get(f"{stem}.alpha")
-        if alpha is not None and alpha.numel() != 1:
-            raise CheckpointError(f"damaged adapter: {stem}.alpha holds {alpha.numel()} numbers, expected one")
-
-
-def lora_deltas(adapter: Adapter) -> Iterator[tuple[str, int | None, torch.Tensor]]:
-    """Each LoRA product as (weight name in the SD3.5 layout, third of a fused projection or None, ``[out, in]``)."""
-    for stem, (block, module) in _lora_stems(adapter.state).items():
-        down, up = (adapter.state[f"{stem}.lora_{factor}.weight"].float() for factor in "AB")
-        alpha = adapter.state.get(f"{stem}.alpha")
-        factor = 1.0 if alpha is None else float(alpha) / down.shape[0]
-        weight, third = LORA_MODULES[module]
-        yield f"{MMDIT.block.format(block)}{weight}.weight", third, factor * (up @ down)
-
-
 def merge(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 1.0) -> dict[str, torch.Tensor]:
     """A whole adapted model in one state dict: wider embedder and head, LoRA folded into the trunk.
 
@@ -307,16 +235,4 @@ def merge(base: Mapping[str, torch.Tensor], adapter: Adapter, strength: float = 
         adapter: what to apply.
         strength: factor on what the adapter changes in the pretrained weights, see :func:`widen`.
     """
-    merged = dict(base) | widen(base, adapter, strength)
-    for name, third, delta in lora_deltas(adapter):
-        if name not in base:
-            raise DAVAEError(
-                f"the adapter changes {name}, which the model does not have; use the model it was trained for"
-            )
-        weight = merged[name].clone() if merged[name] is base[name] else merged[name]
-        rows = weight if third is None else weight.chunk(3)[third]
-        if rows.shape != delta.shape:
-            raise DAVAEError(f"the adapter's change of {name} is {list(delta.shape)}, expected {list(rows.shape)}")
-        rows.copy_(rows.float() + strength * delta.to(rows.device))
-        merged[name] = weight
-    return merged
+    return add_lora(dict(base) | widen(base, adapter, strength), adapter.state, strength)

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-Role = Literal["base_vae", "davae", "base_model", "start"]
-ROLES: tuple[Role, ...] = ("base_vae", "davae", "base_model", "start")
+Role = Literal["base_vae", "davae", "base_model", "adapted_model", "start"]
+ROLES: tuple[Role, ...] = ("base_vae", "davae", "base_model", "adapted_model", "start")
 Fingerprint = Mapping[str, tuple[float, ...]]
 
 SAMPLES = 4  # values of each tensor
@@ -44,7 +44,15 @@ _BASE_MODEL = (
         )
     ),
 )  # fmt: skip
+# All of them are an adapter's doing, and in every adapted model, whatever else was put on it.
+_ADAPTED_MODEL = (
+    "x_embedder.proj.weight",
+    "x_embedder.proj.bias",
+    "final_layer.linear.weight",
+    "final_layer.linear.bias",
+)
 NAMES: Mapping[str, tuple[str, ...]] = {
+    "adapted_model": _ADAPTED_MODEL,
     "base_vae": _BASE_VAE,
     "davae": (*_BASE_VAE, *_DETAIL),
     "base_model": _BASE_MODEL,
@@ -95,7 +103,7 @@ def fingerprint(role: Role, state: Mapping[str, torch.Tensor]) -> Fingerprint:
 
     Args:
         role: ``base_vae`` (its encoder, which makes the latents; a finetuned decoder is the same base), ``davae`` (its
-            encoders, for the same reason) or ``base_model``.
+            encoders, for the same reason), ``base_model`` or ``adapted_model`` (the embedder and the head).
         state: native names, without a prefix. A DA-VAE's tensors serve for its base VAE, too. A lazy mapping is read
             only where it is needed.
 

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..adapter import EMBED, HEAD, PREFIX, WIDENED, Adapter, AdapterConfig, Recommended, lora_deltas, widen
+from ..adapter import EMBED, HEAD, PREFIX, WIDENED, Adapter, AdapterConfig, Recommended, widen
 from ..errors import CheckpointError, DAVAEError
 from ..latent import LatentSpec
+from ..lora import lora_deltas
 from . import files, layout, lora, pickled, reference, verify
 from .authors_autoencoder import read_statistics
 from .tensors import Tensors, in_memory
@@ -237,7 +238,7 @@ def _compare(
     worst = max(worst, verify.same(f"the head of {file}", ours, torch.cat(pair, dim=1)))
 
     stems = list(dict.fromkeys(_OF_LORA.sub("", name) for name in adapter.lora_state()))
-    for stem, (weight, third, delta) in zip(stems, lora_deltas(adapter), strict=True):
+    for stem, (weight, third, delta) in zip(stems, lora_deltas(adapter.state), strict=True):
         rows = base.meta[weight].shape if weight in base else (0, 0)
         if (rows[0] // (1 if third is None else 3), rows[1]) != tuple(delta.shape):
             raise CheckpointError(

@@ -10,7 +10,7 @@ from ..errors import DAVAEError
 from . import metadata
 from .opening import Opened
 
-WITH_LATENT = ("autoencoder", "adapter", "model", "predictor", "tiny_decoder")
+WITH_LATENT = ("autoencoder", "adapter", "few_step_lora", "model", "predictor", "tiny_decoder")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from . import (
     tensors,
     verify,
 )
-from .belonging import belonging
+from .belonging import WITH_LATENT, belonging
 from .opening import Opened, Part, open_any
 
 
@@ -53,7 +53,7 @@ def convert(args: argparse.Namespace) -> list[Path]:
         return [_authors_autoencoder(args, opened)]
     if opened.detected.kind == "authors adapter":
         return [_authors_adapter(args, opened)]
-    if opened.detected.kind in ("autoencoder", "adapter", "predictor", "tiny_decoder", "text_encoder"):
+    if opened.detected.kind in {*WITH_LATENT, "text_encoder"} - {"model"}:
         raise CheckpointError(f"{args.src} is {opened.detected.description}, a native file already")
     return _parts(args, opened)
 

@@ -12,6 +12,7 @@ FileKind = Literal[
     "model",
     "predictor",
     "tiny_decoder",
+    "few_step_lora",
     "taesd",
     "text_encoder",
     "vae",
@@ -98,5 +99,7 @@ def detect(shapes: Mapping[str, Any], kind: str | None = None) -> Detected:
     if any(
         name.endswith((".lora_A.weight", ".lora_down.weight", ".lora_B.weight", ".lora_up.weight")) for name in names
     ):
+        if kind == "few_step_lora":
+            return Detected("few_step_lora", "a few-step LoRA for an adapted model")
         return Detected("lora", "a LoRA (without the DA-VAE embedder and head)")
     return Detected("unknown", f"a file of {len(names)} tensors that is none of the known kinds")

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter, Recommended, lora_deltas
+from ..adapter import Adapter, Recommended
 from ..autoencoder import AutoencoderConfig, DecoderTrunk
 from ..davae import DAVAE
 from ..errors import CheckpointError
 from ..history import History
 from ..latent import LatentSpec
+from ..lora import lora_deltas
 from ..mmdit import MMDiTConfig
 from . import files, lora, metadata, reference, tensors, verify
 from .diffusers_names import transformer_json, transformer_rules, vae_json, vae_rules
@@ -116,7 +117,7 @@ def adapter(folder: Path, given: Adapter, file: str) -> float:
     difference = 0.0
     if loras:
         plain = Adapter(given.config, loras)
-        for (name, _, ours), (_, _, theirs) in zip(lora_deltas(given), lora_deltas(plain), strict=True):
+        for (name, _, ours), (_, _, theirs) in zip(lora_deltas(given.state), lora_deltas(plain.state), strict=True):
             difference = max(difference, _relative(ours, theirs))
             if difference > 1e-2:  # a factor that is rounded to the file's dtype
                 raise CheckpointError(f"{file}: the LoRA of {name} is not the same without its alpha")

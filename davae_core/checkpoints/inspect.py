@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .. import command
 from ..adapter import AdapterConfig
@@ -20,7 +20,7 @@ from ..mmdit import MMDiTConfig
 from ..predictor import PredictorConfig
 from ..tiny_decoder import TinyDecoderConfig
 from . import files, foreign_json, metadata
-from .belonging import belonging
+from .belonging import WITH_LATENT, belonging
 from .opening import Opened, open_any
 from .tensors import Tensors
 
@@ -68,10 +68,10 @@ def _sizes(tensors: Tensors) -> dict[str, Any]:
 def _config(opened: Opened) -> dict[str, Any] | None:
     """The configuration of a native file: what the shapes tell, and what the metadata tells; no defaults."""
     kind, meta, file = opened.detected.kind, opened.stored.meta, opened.path.name
-    if kind not in ("autoencoder", "adapter", "model", "predictor", "tiny_decoder"):
+    if kind not in WITH_LATENT:
         return None
     try:
-        latent, recommended = metadata.latent_of(metadata.parse(opened.told, kind, file), file)
+        latent, recommended = metadata.latent_of(metadata.parse(opened.told, cast(metadata.Kind, kind), file), file)
         told = {"latent": asdict(latent), "recommended": {k: v for k, v in asdict(recommended).items() if v}}
         if kind == "autoencoder":
             found = DAVAEConfig.from_state_dict(meta)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..adapter import LORA_MODULES
 from ..errors import CheckpointError
+from ..lora import LORA_MODULES
 from . import foreign_json, layout, pickled, tensors
 from .settings import Number
 from .tensors import Tensors

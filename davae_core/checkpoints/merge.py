@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from .. import command, history
-from ..adapter import LORA_MODULES, WIDENED, Adapter, lora_deltas, widen
+from ..adapter import WIDENED, Adapter, widen
 from ..errors import CheckpointError, DAVAEError
+from ..lora import LORA_MODULES, lora_deltas
 from . import files, layout, metadata, native, tensors
 from .opening import open_any
 from .tensors import Tensors
@@ -73,7 +74,7 @@ def _by_weight(adapter: Adapter) -> dict[str, Adapter]:
 
 def _changed(weight: torch.Tensor, name: str, part: Adapter, strength: float) -> torch.Tensor:
     weight = weight.clone()
-    for _, third, delta in lora_deltas(part):
+    for _, third, delta in lora_deltas(part.state):
         rows = weight if third is None else weight.chunk(3)[third]
         if rows.shape != delta.shape:
             raise DAVAEError(f"the adapter's change of {name} is {list(delta.shape)}, expected {list(rows.shape)}")

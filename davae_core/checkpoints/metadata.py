@@ -15,7 +15,7 @@ from . import foreign_json, settings
 FORMAT = "1"
 CONFIG = "davae.config"
 HISTORY = "davae.history"
-Kind = Literal["autoencoder", "adapter", "model", "predictor", "tiny_decoder", "text_encoder"]
+Kind = Literal["autoencoder", "adapter", "few_step_lora", "model", "predictor", "tiny_decoder", "text_encoder"]
 
 
 def build(

@@ -10,8 +10,10 @@ import torch
 from ..adapter import Adapter, AdapterConfig, Recommended
 from ..davae import DAVAE, DAVAEConfig
 from ..errors import CheckpointError
+from ..few_steps import FewStepLora
 from ..history import History
 from ..latent import LatentSpec
+from ..lora import check_lora, lora_width
 from ..mmdit import MMDiT, MMDiTConfig
 from ..predictor import DetailPredictor, PredictorConfig
 from ..shapes import dims
@@ -25,6 +27,7 @@ PathLike = str | os.PathLike[str]
 _WHERE = {
     "autoencoder": "choose a DA-VAE autoencoder (models/vae)",
     "adapter": "choose a DA-VAE adapter (models/loras)",
+    "few_step_lora": "choose a few-step LoRA (models/loras)",
     "predictor": "choose a DA-VAE detail predictor (models/latent_upscale_models)",
     "tiny_decoder": "choose a tiny decoder of DA-VAE latents (models/vae_approx)",
     "model": "choose a merged DA-VAE model (models/diffusion_models)",
@@ -101,6 +104,35 @@ def load_adapter(path: PathLike) -> Adapter:
         _agree(found.latent, latent, ("base_channels", "detail_channels"))
     layout.check_floats({key: tensor for key, tensor in meta.items() if not key.endswith(".alpha")}, name)
     return Adapter(replace(found, latent=latent, recommended=recommended), _tensors(path, info), history)
+
+
+def save_few_step_lora(
+    path: PathLike,
+    lora: FewStepLora,
+    *,
+    title: str = "DA-VAE few-step LoRA",
+    author: str = "",
+    licence: str = "",
+    history: History | None = None,
+) -> None:
+    """Write a few-step LoRA with its configuration; the old file stays until the new one is whole.
+
+    ``history`` is the LoRA's own where it is not given.
+    """
+    told = metadata.latent_config(lora.latent, lora.recommended)
+    by = {"title": title, "author": author, "licence": licence}
+    files.save(path, lora.state, metadata.build("few_step_lora", told, **by, history=history or lora.history))
+
+
+def load_few_step_lora(path: PathLike) -> FewStepLora:
+    """Read a few-step LoRA; raises as :func:`load_autoencoder` does."""
+    meta, info, name = _header(path, "few_step_lora")
+    latent, recommended = metadata.latent_of(metadata.parse(info, "few_step_lora", name), name)
+    history = metadata.history_of(info, name)
+    with files.naming(name):
+        check_lora(meta, lora_width(meta))
+    layout.check_floats({key: tensor for key, tensor in meta.items() if not key.endswith(".alpha")}, name)
+    return FewStepLora(latent, recommended, _tensors(path, info), history)
 
 
 def save_predictor(

@@ -3,7 +3,7 @@
 import hashlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ class FamilyFiles:
         adapter: file of the adapter.
         text_encoder: file of a tiny model's text encoder; None where there are embeddings.
         embeddings: folder of the captions' embeddings (``python -m davae_core.training text``).
+        few_steps: file of a few-step LoRA on the adapted model; None for none.
     """
 
     model: Path = tiny.FOLDERS["diffusion_models"] / tiny.MODEL
@@ -37,6 +38,7 @@ class FamilyFiles:
     adapter: Path = tiny.FOLDERS["loras"] / tiny.ADAPTER
     text_encoder: Path | None = tiny.FOLDERS["text_encoders"] / tiny.TEXT_ENCODER
     embeddings: Path | None = None
+    few_steps: Path | None = None
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file by its role, to tell which weights figures were measured with; folders are left out."""
@@ -60,6 +62,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--autoencoder", type=Path, metavar="FILE", help="DA-VAE")
     group.add_argument("--adapter", type=Path, metavar="FILE", help="adapter")
+    group.add_argument("--few-steps", type=Path, metavar="FILE", help="few-step LoRA on the adapted model")
     group.add_argument("--text-encoder", type=Path, metavar="FILE", help="text encoder of a tiny model")
     group.add_argument(
         "--embeddings", type=Path, metavar="DIR", help="embeddings of all captions (python -m davae_core.training text)"
@@ -74,11 +77,14 @@ def files_of(args: Namespace) -> FamilyFiles:
     """
     if args.text_encoder is not None and args.embeddings is not None:
         raise DAVAEError("give --text-encoder or --embeddings, not both: captions are encoded by one of them")
-    given = {name: getattr(args, name) for name in ("model", "autoencoder", "adapter", "text_encoder", "embeddings")}
+    given = {name: getattr(args, name) for name in ROLES}
     named = {name: path for name, path in given.items() if path is not None}
     if args.embeddings is not None:
         named["text_encoder"] = None
     return FamilyFiles(**named)
+
+
+ROLES = ("model", "autoencoder", "adapter", "text_encoder", "embeddings", "few_steps")
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,17 @@ def load_family(where: FamilyFiles = FamilyFiles(), device: torch.device | str =
             f"{(where.text_encoder or where.embeddings or Path()).name} gives {widths[0]} and {widths[1]}; use files "
             "that belong together (--text-encoder or --embeddings)"
         )
-    adapted = _model(merge(state, adapter), where.adapter.name)
-    return Family(base.to(device), adapted.to(device), text, davae, latent, adapter.config.recommended)
+    merged, recommended = merge(state, adapter), adapter.config.recommended
+    if where.few_steps is not None:
+        lora = checkpoints.load_few_step_lora(where.few_steps)
+        if (lora.hidden, lora.latent.channels) != (adapter.config.hidden, latent.channels):
+            raise DAVAEError(
+                f"{where.few_steps.name} is for a model of width {lora.hidden} and {lora.latent.channels} channels, "
+                f"the adapted one has {adapter.config.hidden} and {latent.channels}; use files that belong together"
+            )
+        merged, recommended = lora.added(merged), replace(lora.recommended, size=recommended.size)
+    adapted = _model(merged, where.adapter.name)
+    return Family(base.to(device), adapted.to(device), text, davae, latent, recommended)
 
 
 def _model(state: dict[str, torch.Tensor], name: str) -> MMDiT:

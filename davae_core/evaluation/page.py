@@ -1,4 +1,4 @@
-"""The report of a drawing evaluation as one HTML file: tables, bounds, and a sheet of pictures inside it."""
+"""The report of an evaluation as one HTML file: tables, bounds, and a sheet of pictures inside it."""
 
 import base64
 import io
@@ -59,7 +59,7 @@ th:first-child, td:first-child { text-align: left; }
 .pass { color: var(--good); } .FAIL { color: var(--bad); font-weight: 600; }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(34rem, 1fr)); gap: 1.2rem; }
 figure { margin: 0; } figcaption { margin-top: .25rem; } small { opacity: .75; }
-.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; }
+.row { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 4px; }
 .row img { width: 100%; image-rendering: pixelated; display: block; }
 .row small { display: block; text-align: center; }
 """
@@ -104,18 +104,39 @@ def html(measured: Mapping[str, Any], known: Sequence[Shown], unknown: Sequence[
     """The whole page; nothing is loaded from elsewhere."""
     sampling = measured["sampling"]["adapted"]
     settings = f"{measured['size']} px, {sampling['steps']} steps, cfg {sampling['cfg']:g}, shift {sampling['shift']:g}"
-    parts = [f"<h1>Drawings of an adapted model</h1><p>{settings}</p>", "<h2>Bounds</h2>", _bounds(measured["bounds"])]
-    for title, head, rows in tables(measured):
-        parts += [f"<h2>{escape(title)}</h2>", _table(head, rows)]
-    parts += [f"<p><small>{escape(line)}</small></p>" for line in EXPLAINED]
-    for title, rows_ in (("Known captions", known), ("Unknown captions", unknown)):
-        if rows_:
-            parts += [f"<h2>{title}</h2>", '<div class="sheet">', *map(_figure, rows_), "</div>"]
+    sheets = {"Known captions": known, "Unknown captions": unknown}
+    return report("Drawings of an adapted model", settings, measured, list(tables(measured)), sheets, EXPLAINED)
+
+
+def report(
+    title: str,
+    settings: str,
+    measured: Mapping[str, Any],
+    tables: Sequence[tuple[str, Sequence[str], Rows]],
+    sheets: Mapping[str, Sequence[Shown]],
+    explained: Sequence[str],
+) -> str:
+    """A page of any evaluation.
+
+    Args:
+        title, settings: what is evaluated, and how.
+        measured: what goes into the JSON file: ``bounds``, ``weights``, ``versions`` and ``not_measured`` are shown.
+        tables: title, head and rows of each.
+        sheets: rows of pictures by their title.
+        explained: notes below the tables.
+    """
+    parts = [f"<h1>{escape(title)}</h1><p>{escape(settings)}</p>", "<h2>Bounds</h2>", _bounds(measured["bounds"])]
+    for name, head, rows in tables:
+        parts += [f"<h2>{escape(name)}</h2>", _table(head, rows)]
+    parts += [f"<p><small>{escape(line)}</small></p>" for line in explained]
+    for name, some in sheets.items():
+        if some:
+            parts += [f"<h2>{escape(name)}</h2>", '<div class="sheet">', *map(_figure, some), "</div>"]
     files = [(role, digest[:16]) for role, digest in measured["weights"].items()]
     parts += ["<h2>Measured with</h2>", _table(("file", "SHA-256"), files)]
     parts.append(_table(("package", "version"), list(measured["versions"].items())))
     parts += [f"<p>Not measured: {escape(line)}</p>" for line in measured["not_measured"]]
-    head = f'<meta charset="utf-8"><title>Drawings of an adapted model</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
@@ -134,7 +155,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _figure(row: Shown) -> str:
-    kinds = [kind for kind in KINDS if kind in row.images]
+    kinds = sorted(row.images, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
     pictures = "".join(
         f'<div><img src="{data_uri(row.images[kind])}" alt="{kind}"><small>{kind}</small></div>' for kind in kinds
     )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from .generate import Prompt
 from .pictures import find_pictures, references_of
 from .references import References, load_references, split
 
+T = TypeVar("T")
 TOP = 5
 # What the shipped models must reach, by part and figure.
 BOUNDS = {("training", "top1"): 0.92, ("training", "top5"): 0.97, ("held_out", "name"): 0.9, ("held_out", "top5"): 0.75}
@@ -111,8 +112,8 @@ def bounds_of(name: str, figures: dict[str, Any]) -> list[Bound]:
     ]
 
 
-def spread(indices: Sequence[int], most: int | None) -> list[int]:
-    """At most so many of the indices, evenly spread; all of them for None."""
+def spread(indices: Sequence[T], most: int | None) -> list[T]:
+    """At most so many of them, evenly spread; all of them for None."""
     if most is None or most >= len(indices):
         return list(indices)
     return [indices[i * len(indices) // most] for i in range(most)]

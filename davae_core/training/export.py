@@ -16,10 +16,11 @@ import tyro
 from ..errors import CheckpointError, DAVAEError
 from . import stages
 from .data import survey
+from .data.prompts import Blank
 from .data.stored_latents import StoredLatents
 from .run import folder, heartbeat, keeper, player, recorded
 from .run import state as states
-from .run.launch import Images, measured
+from .run.launch import Collect, Images, measured
 from .run.task import Task
 
 
@@ -64,7 +65,8 @@ def _write(
     multiple: int,
     build: Callable[[Any, Images], Task],
     unused: bool = False,
-    latents: StoredLatents | None = None,
+    latents: StoredLatents | Blank | None = None,
+    collect: Collect = survey.collect,
     *,
     state: Path,
     saved: states.State,
@@ -74,7 +76,7 @@ def _write(
     """What :func:`davae_core.training.run.launch.launch` does, without training."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     heartbeat.at("reading the list of images")
-    found = survey.collect(recipe.data, multiple, recipe.run.out)
+    found = collect(recipe.data, multiple, recipe.run.out)
     heartbeat.at("loading the models")
     task = build(recipe, partial(measured, recipe, multiple, device, found))
     task.to(device)

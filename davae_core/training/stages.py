@@ -9,7 +9,7 @@ from . import recipes
 from .run import heartbeat
 from .run.config import from_command_line
 from .run.launch import Launch, launch
-from .tasks import adapter, autoencoder, base_autoencoder, base_dit, predictor, tiny_decoder
+from .tasks import adapter, autoencoder, base_autoencoder, base_dit, few_steps, predictor, tiny_decoder
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ STAGES = {
         autoencoder.__doc__ or "", autoencoder.AutoencoderRecipe, recipes.AUTOENCODER, autoencoder.train
     ),
     "adapter": Stage(adapter.__doc__ or "", adapter.AdapterRecipe, recipes.ADAPTER, adapter.train),
+    "steps": Stage(few_steps.__doc__ or "", few_steps.FewStepsRecipe, recipes.FEW_STEPS, few_steps.train),
     "predictor": Stage(predictor.__doc__ or "", predictor.PredictorRecipe, recipes.PREDICTOR, predictor.train),
     "tiny_decoder": Stage(
         tiny_decoder.__doc__ or "", tiny_decoder.TinyDecoderRecipe, recipes.TINY_DECODER, tiny_decoder.train

@@ -6,20 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from davae_core.adapter import (
-    LORA_MODULES,
-    PAPER_TARGETS,
-    WIDENED,
-    Adapter,
-    AdapterConfig,
-    Recommended,
-    lora_deltas,
-    merge,
-    widen,
-    zero_adapter,
-)
+from davae_core.adapter import PAPER_TARGETS, WIDENED, Adapter, AdapterConfig, Recommended, merge, widen, zero_adapter
 from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.latent import LatentSpec
+from davae_core.lora import LORA_MODULES, lora_deltas
 from davae_core.mmdit import MMDiT, MMDiTConfig
 
 MakeMmdit = Callable[..., MMDiT]
@@ -241,7 +231,7 @@ def test_alpha_over_rank_scales_a_lora(toy_mmdit: MMDiTConfig, alpha: float | No
     stem = lora_name(1, "ff.net.2")
     if alpha is not None:
         adapter.state[f"{stem}.alpha"] = torch.tensor(alpha)
-    ((name, third, delta),) = lora_deltas(adapter)
+    ((name, third, delta),) = lora_deltas(adapter.state)
     assert (name, third) == ("joint_blocks.1.x_block.mlp.fc2.weight", None)
     expected = factor * adapter.state[f"{stem}.lora_B.weight"] @ adapter.state[f"{stem}.lora_A.weight"]
     assert torch.allclose(delta, expected, atol=1e-6)
@@ -250,7 +240,7 @@ def test_alpha_over_rank_scales_a_lora(toy_mmdit: MMDiTConfig, alpha: float | No
 def test_half_precision_factors_are_multiplied_in_float32(toy_mmdit: MMDiTConfig) -> None:
     adapter = lora(toy_mmdit, 0, "attn.to_q", 64, HIDDEN, HIDDEN)
     half = replace(adapter, state={name: tensor.bfloat16() for name, tensor in adapter.state.items()})
-    ((_, _, delta),) = lora_deltas(half)
+    ((_, _, delta),) = lora_deltas(half.state)
     stem = lora_name(0, "attn.to_q")
     up, down = (half.state[f"{stem}.lora_{side}.weight"].float() for side in "BA")
     assert delta.dtype == torch.float32
@@ -360,7 +350,7 @@ def test_unknown_lora_name_is_refused_by_name(mmdit: MMDiT) -> None:
     ):
         adapter = zero_adapter(mmdit.config, LatentSpec())
         adapter.state[name] = torch.zeros(2, HIDDEN)
-        with pytest.raises(CheckpointError, match=f"unknown tensor in the adapter: {name}"):
+        with pytest.raises(CheckpointError, match=f"unknown LoRA tensor: {name}"):
             merge(mmdit.state_dict(), adapter)
 
 

@@ -176,8 +176,11 @@ def too_many(broken: Mapping[str, str], found: int) -> str:
 
 def _held(config: DataConfig, found: Sequence[Source], aside: Sequence[Source]) -> list[Source]:
     """The images to hold out: those of folders, or a share of all by their content."""
-    if not config.held_share:
-        return list(aside)
+    return held_share(config, found) if config.held_share else list(aside)
+
+
+def held_share(config: DataConfig, found: Sequence[Source]) -> list[Source]:
+    """The share of all that is held out (``config.held_share``), by its content; at least one."""
     order = sorted(found, key=lambda source: (source.identity, source.name))
     bound = int(config.held_share * (1 << 32))
     held = [source for source in order if int(source.identity[:8], 16) < bound]

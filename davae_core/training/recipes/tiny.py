@@ -13,7 +13,7 @@ from ..data.config import DataConfig
 from ..objective import ReconstructionConfig
 from ..places import SIZES, folder
 from ..run.config import OptimiserConfig, RunConfig
-from ..tasks import adapter, autoencoder, base_autoencoder, base_dit, predictor, tiny_decoder
+from ..tasks import adapter, autoencoder, base_autoencoder, base_dit, few_steps, predictor, tiny_decoder
 
 # 64 at least: with 32, each of the 32 norm groups is one channel, and colours get lost.
 BASE = AutoencoderConfig(widths=(64, 64, 64, 64), blocks=1)
@@ -133,6 +133,21 @@ def finished_adapter_recipe(size: str) -> adapter.AdapterRecipe:
     )
 
 
+def few_steps_recipe(size: str) -> few_steps.FewStepsRecipe:
+    """The few-step LoRA, on all captions but the held-out ones."""
+    last = finished_adapter_recipe(size)
+    return few_steps.FewStepsRecipe(
+        data=DataConfig(_images(size, "train", "other"), size=SIZES[size], workers=0),
+        run=RunConfig(folder(size, "few_steps"), steps=3000, batch=32),
+        model=last.model,
+        adapter=folder(size, "adapter_finish") / tiny.ADAPTER,
+        autoencoder=folder(size, "autoencoder_robust") / tiny.AUTOENCODER,
+        text_encoder=last.text_encoder,
+        optimiser=OptimiserConfig(lr=5e-4, schedule="cosine", ema=0.995),
+        rank=32,
+    )
+
+
 def predictor_recipe(size: str) -> predictor.PredictorRecipe:
     """The predictor of the detail, on all images but the held-out ones, by the latents alone."""
     return predictor.PredictorRecipe(
@@ -197,6 +212,7 @@ AUTOENCODER |= {f"{size}-sharpen": (about, sharpened_autoencoder_recipe(size)) f
 AUTOENCODER |= {f"{size}-robust": (about, robust_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER = {size: (about, adapter_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER |= {f"{size}-finish": (about, finished_adapter_recipe(size)) for size, about in _ABOUT.items()}
+FEW_STEPS = {size: (about, few_steps_recipe(size)) for size, about in _ABOUT.items()}
 PREDICTOR = {size: (about, predictor_recipe(size)) for size, about in _ABOUT.items()}
 PREDICTOR |= {f"{size}-vary": (about, varied_predictor_recipe(size)) for size, about in _ABOUT.items()}
 PREDICTOR |= {f"{size}-finish": (about, finished_predictor_recipe(size)) for size, about in _ABOUT.items()}

@@ -99,7 +99,8 @@ FREE |= {"gradient_checkpointing", "frozen", "file"}
 
 
 # Fields that name a file or folder, and those that name several with what holds for their images.
-PLACES = {"run.out", "run.prompts", "base", "model", "autoencoder", "text_encoder", "embeddings", "latents", "start"}
+PLACES = {"run.out", "run.prompts", "base", "model", "autoencoder", "adapter", "text_encoder", "embeddings", "latents"}
+PLACES |= {"start"}
 ENTRIES = {"data.images", "data.held_out"}
 
 

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from ..data import dataset, survey
 from ..data.config import DataConfig
+from ..data.prompts import Blank
 from ..data.stored_latents import StoredLatents
 from ..data.survey import Collection
 from . import config, folder, heartbeat, loop, origins, recorded, resume
@@ -27,6 +28,7 @@ from .validation import Validation
 logger = logging.getLogger(__name__)
 
 Images = Callable[[], Iterable[torch.Tensor]]
+Collect = Callable[[DataConfig, int, Path | None], Collection]
 SURVEY_BATCH, SURVEY_STEPS, HELD_BATCH = 16, 64, 8
 SURVEY_PASSES = 4  # over a small set, for its crops and mirror images
 
@@ -56,7 +58,8 @@ class Launch(Protocol):
         multiple: int,
         build: Callable[[Any, Images], Task],
         unused: bool = False,
-        latents: StoredLatents | None = None,
+        latents: StoredLatents | Blank | None = None,
+        collect: Collect = survey.collect,
     ) -> int:
         """Do something with the task that ``build`` makes; the exit code."""
 
@@ -66,7 +69,8 @@ def launch(
     multiple: int,
     build: Callable[[Any, Images], Task],
     unused: bool = False,
-    latents: StoredLatents | None = None,
+    latents: StoredLatents | Blank | None = None,
+    collect: Collect = survey.collect,
     *,
     stage: str = "",
     name: str = "",
@@ -80,6 +84,7 @@ def launch(
             ``[B, 3, H, W]`` to measure statistics on.
         unused: some trained parameters have no part in the loss.
         latents: of the images; then the batches hold these and no images.
+        collect: finds the images, or what else a step is made of.
         stage, name: how the recipe was asked for.
 
     Raises:
@@ -94,14 +99,15 @@ def launch(
         )
         accelerator = Accelerator(cpu=_several_on_cpu(), mixed_precision="no", kwargs_handlers=[several])
         with folder.claimed(recipe.run.out) if accelerator.is_main_process else nullcontext():
-            return _train(recipe, multiple, build, latents, accelerator, (stage, name))
+            return _train(recipe, multiple, build, latents, collect, accelerator, (stage, name))
 
 
 def _train(
     recipe: Any,
     multiple: int,
     build: Callable[[Any, Images], Task],
-    latents: StoredLatents | None,
+    latents: StoredLatents | Blank | None,
+    collect: Collect,
     accelerator: Accelerator,
     named: tuple[str, str],
 ) -> int:
@@ -111,7 +117,7 @@ def _train(
     run = replace(recipe.run, precision=settled(recipe.run.precision, accelerator.device, before))
     recipe = replace(recipe, run=run)
     heartbeat.at("reading the list of images")
-    found = survey.collect(recipe.data, multiple, run.out)
+    found = collect(recipe.data, multiple, run.out)
     if latents is not None:
         found = latents.fitted(found, recipe.data)
     if accelerator.is_main_process:

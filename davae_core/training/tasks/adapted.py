@@ -57,12 +57,12 @@ class AdaptedModel(nn.Module):
         with torch.device("meta"):
             self.mmdit = MMDiT(replace(config, in_channels=latent.channels, out_channels=latent.channels))
         # Copies: a tensor of the file is a view of it on the disk.
-        state = {name: tensor.to(_dtype(name, tensor, frozen), copy=True) for name, tensor in base.items()}
+        state = {name: tensor.to(held_as(name, tensor, frozen), copy=True) for name, tensor in base.items()}
         self.mmdit.load_state_dict(state | widen(state, adapter), assign=True)
         self.mmdit.requires_grad_(False)
         for name in WIDENED:
             self.mmdit.get_parameter(name).requires_grad_(True)
-        self.places = lora.attach(self.mmdit, adapter)
+        self.places = lora.attach(self.mmdit, adapter.lora_state())
 
     def forward(
         self,
@@ -98,7 +98,7 @@ class AdaptedModel(nn.Module):
         return Adapter(config, state | lora.tensors(self.places))
 
 
-def _dtype(name: str, tensor: torch.Tensor, frozen: torch.dtype) -> torch.dtype:
+def held_as(name: str, tensor: torch.Tensor, frozen: torch.dtype) -> torch.dtype:
     """How a tensor of the base model is held."""
     if frozen == torch.float32 or name in WIDENED or tensor.ndim < 2:
         return torch.float32

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ...adapter import LORA_MODULES, Adapter
+from ...lora import LORA_MODULES
 from ...mmdit import MMDiT
 
 
@@ -13,12 +13,16 @@ class LoraLinear(nn.Module):
     """A frozen linear layer plus low-rank changes, each of the whole output or of one third of it (fused q, k, v).
 
     Args:
-        linear: the pretrained layer.
+        linear: the pretrained layer; or one of these, whose own changes then come under this one's.
+
+    Attributes:
+        on: whether the changes count.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: "nn.Linear | LoraLinear") -> None:
         super().__init__()
-        self.linear = linear.requires_grad_(False)
+        self.linear = linear if isinstance(linear, LoraLinear) else linear.requires_grad_(False)
+        self.on = True
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
         self.factor: dict[str, float] = {}
 
@@ -31,6 +35,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
         y = self.linear(x)
+        if not self.on:
+            return y
         if "all" in self.down:
             return y + self._change("all", x)
         thirds = [self._change(k, x) if k in self.down else torch.zeros_like(y).chunk(3, -1)[0] for k in "012"]
@@ -40,14 +46,19 @@ class LoraLinear(nn.Module):
         return self.factor[key] * nn.functional.linear(nn.functional.linear(x, self.down[key]), self.up[key])
 
 
-def attach(model: MMDiT, adapter: Adapter) -> dict[str, tuple[LoraLinear, str]]:
-    """Put the adapter's LoRA on a model's layers as trainable parameters.
+def attach(model: MMDiT, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[LoraLinear, str]]:
+    """Put a LoRA on a model's layers as trainable parameters, over those that are there.
+
+    Args:
+        model: its layers are exchanged for :class:`LoraLinear`.
+        state: of the LoRA, in an adapter's names.
 
     Returns:
         By the stem of the LoRA's names: its layer and the key of its factors there.
     """
-    places = {}
-    for name, down in adapter.lora_state().items():
+    places: dict[str, tuple[LoraLinear, str]] = {}
+    new: set[LoraLinear] = set()
+    for name, down in state.items():
         if not name.endswith(".lora_A.weight"):
             continue
         stem = name.removesuffix(".lora_A.weight")
@@ -56,10 +67,11 @@ def attach(model: MMDiT, adapter: Adapter) -> dict[str, tuple[LoraLinear, str]]:
         parent_name, _, child = f"joint_blocks.{block}.{weight}".rpartition(".")
         parent = model.get_submodule(parent_name)
         layer = getattr(parent, child)
-        if not isinstance(layer, LoraLinear):
+        if layer not in new:
             layer = LoraLinear(layer)
+            new.add(layer)
             setattr(parent, child, layer)
-        layer.add(third, down, adapter.state[f"{stem}.lora_B.weight"], float(adapter.state[f"{stem}.alpha"]))
+        layer.add(third, down, state[f"{stem}.lora_B.weight"], float(state[f"{stem}.alpha"]))
         places[stem] = (layer, "all" if third is None else str(third))
     return places
 

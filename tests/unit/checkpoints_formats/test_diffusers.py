@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-from davae_core.adapter import LORA_MODULES, Adapter, Recommended, merge, zero_adapter
+from davae_core.adapter import Adapter, Recommended, merge, zero_adapter
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.checkpoints import (
     MergedModel,
@@ -24,6 +24,7 @@ from davae_core.checkpoints import (
 from davae_core.davae import DAVAE
 from davae_core.errors import CheckpointError
 from davae_core.latent import LatentSpec
+from davae_core.lora import LORA_MODULES
 from davae_core.mmdit import MMDiT, MMDiTConfig
 
 SPEC = LatentSpec(detail_mean=tuple(0.1 * i for i in range(16)), detail_std=tuple(1 + 0.1 * i for i in range(16)))

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from davae_core.adapter import LORA_MODULES, Adapter, merge, zero_adapter
+from davae_core.adapter import Adapter, merge, zero_adapter
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.checkpoints import files, inspect, load_adapter, load_merged, save_adapter, save_autoencoder, tensors
 from davae_core.checkpoints import merge as merging
 from davae_core.davae import DAVAE
 from davae_core.errors import DAVAEError
 from davae_core.latent import LatentSpec
+from davae_core.lora import LORA_MODULES
 from davae_core.mmdit import MMDiT
 
 State = dict[str, torch.Tensor]

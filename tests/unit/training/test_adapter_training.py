@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from davae_core import checkpoints, flow, tiny
-from davae_core.adapter import LORA_MODULES, WIDENED, Recommended, merge
+from davae_core.adapter import WIDENED, Recommended, merge
 from davae_core.errors import DAVAEError
 from davae_core.latent import LatentSpec
+from davae_core.lora import LORA_MODULES
 from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.training import __main__ as entry
 from davae_core.training.data.draws import Draws

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from davae_core.adapter import LORA_MODULES, Adapter, merge, zero_adapter
+from davae_core.adapter import Adapter, merge, zero_adapter
 from davae_core.latent import LatentSpec
+from davae_core.lora import LORA_MODULES
 from davae_core.mmdit import MMDiT
 from davae_core.training.tasks import lora
 from davae_core.training.tasks.lora import LoraLinear
@@ -57,7 +58,7 @@ def attached(make_mmdit: Callable[..., MMDiT]) -> tuple[MMDiT, Adapter, dict[str
     """A toy model with LoRA on everything that can have it, and the adapter that it came from."""
     model = make_mmdit(depth=3, dual_attention=(0, 1))
     adapter = zero_adapter(model.config, LatentSpec(), 4, ALL, torch.Generator().manual_seed(0))
-    return model, adapter, lora.attach(model, adapter)
+    return model, adapter, lora.attach(model, adapter.lora_state())
 
 
 def predict(model: MMDiT) -> torch.Tensor:
@@ -71,7 +72,7 @@ def predict(model: MMDiT) -> torch.Tensor:
 def test_attaching_changes_no_prediction(make_mmdit: Callable[..., MMDiT]) -> None:
     model = make_mmdit()
     before = predict(model)
-    lora.attach(model, zero_adapter(model.config, LatentSpec(), 4, ALL))
+    lora.attach(model, zero_adapter(model.config, LatentSpec(), 4, ALL).lora_state())
     # Not bit for bit: where a tensor lies in memory decides how some processors add up a product.
     assert (predict(model) - before).abs().max() <= 1e-5
 
@@ -102,7 +103,7 @@ def test_a_trained_change_predicts_the_same_when_it_is_merged(make_mmdit: Callab
     model = make_mmdit(dual_attention=(0, 1))
     base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     zero = zero_adapter(model.config, LatentSpec(), 4, (module,))
-    places = lora.attach(model, zero)
+    places = lora.attach(model, zero.lora_state())
     plain = predict(model)
     with torch.no_grad():
         for layer, key in places.values():
