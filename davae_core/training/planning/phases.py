@@ -15,6 +15,7 @@ from torch import nn
 from ...autoencoder import AutoencoderConfig
 from ...checkpoints import files
 from ...history import History
+from ...latent import LatentSpec
 from ...mmdit import MMDiTConfig
 from ..run import launch
 from ..run.on_device import OnDevice
@@ -22,6 +23,7 @@ from ..run.player import Player
 from ..run.precision import autocast
 from ..run.task import Batch
 from ..tasks.autoencoder import AutoencoderTask
+from ..tasks.few_steps import FewStepsRecipe
 from .counter import Counter, counting, off_device
 from .skeletons import Recipe, task
 
@@ -126,7 +128,7 @@ def measure(
     made = task(recipe, images, text, model, base)
     alone = cast(Accelerator, SimpleNamespace(num_processes=1, device=DEVICE))
     players = [Player(phase, recipe.optimiser, alone) for phase in made.phases.values()]
-    batches = OnDevice([batch(memory, micro, recipe.data.size)], DEVICE)
+    batches = OnDevice([batch(memory, micro, recipe)], DEVICE)
     out = Counted()
     buckets = [prepare(player, out, several) for player in players]
     for player in players:
@@ -139,7 +141,8 @@ def measure(
                 stack.enter_context(player.ema.applied())
             with autocast(recipe.run.precision, DEVICE):
                 shown = batches[0]  # one picture is made after another, so one is enough
-                made.sheet(shown | {"image": shown["image"][:1], "caption": shown["caption"][:1]})
+                kind = "latent" if "latent" in shown else "image"
+                made.sheet(shown | {kind: shown[kind][:1], "caption": shown["caption"][:1]})
             del shown
             out.peaks["sheet"] = memory.peak
             if isinstance(made, AutoencoderTask) and not made.recipe.freeze_detail:
@@ -159,14 +162,18 @@ def not_written(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappi
     _ = [tensor.detach().contiguous() for tensor in tensors.values()]
 
 
-def batch(memory: Memory, micro: int, size: int) -> Batch:
+def batch(memory: Memory, micro: int, recipe: Recipe) -> Batch:
     """What the loader gives, in the computer's memory."""
+    kind, shape = "image", [micro, 3, recipe.data.size, recipe.data.size]
+    if isinstance(recipe, FewStepsRecipe):
+        spec = LatentSpec()
+        kind, shape = "latent", [micro, spec.channels, *[recipe.data.size // spec.factor] * 2]
     with ExitStack() as stack:
         if isinstance(memory, Counter):
             stack.enter_context(off_device(memory))
-        x = torch.zeros(micro, 3, size, size)
+        x = torch.zeros(shape)
     places = SimpleNamespace(tolist=lambda: list(range(micro)))  # numbers, because they seed generators
-    return {"image": x, "caption": [""] * micro, "position": places, "micro": 0, "micros": 1}
+    return {kind: x, "caption": [""] * micro, "position": places, "micro": 0, "micros": 1}
 
 
 def prepare(player: Player, out: Counted, several: bool) -> torch.Tensor | None:
@@ -197,7 +204,7 @@ def prepare(player: Player, out: Counted, several: bool) -> torch.Tensor | None:
 def descend(player: Player, batches: OnDevice, recipe: Recipe, memory: Memory, out: Counted) -> None:
     """The last micro-batch of a step and the step itself, as the loop takes them."""
     memory.restart()
-    held, images = memory.live, len(batches[0]["image"])
+    held, images = memory.live, len(batches[0]["caption"])
     with autocast(recipe.run.precision, DEVICE):
         loss = player.phase(batches[0], player.phase.starts_at())["loss"]
     forward, peak = memory.flops, memory.peak

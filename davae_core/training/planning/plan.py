@@ -195,7 +195,7 @@ def chosen(config: PlanConfig) -> dict[str, Recipe]:
     """
     known: dict[str, Recipe] = {
         name: recipe
-        for stage in ("autoencoder", "adapter", "predictor", "tiny_decoder")
+        for stage in ("autoencoder", "adapter", "steps", "predictor", "tiny_decoder")
         for name, (_, recipe) in STAGES[stage].recipes.items()
         if name.startswith(PLANNED)
     }

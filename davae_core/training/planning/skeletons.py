@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...adapter import AdapterConfig, Recommended
 from ...autoencoder import Autoencoder, AutoencoderConfig
 from ...bases import BASES, SD3
 from ...davae import DAVAE, DAVAEConfig
@@ -15,15 +16,16 @@ from ...embeddings import Embeddings, Encoded
 from ...mmdit import MMDiT, MMDiTConfig
 from ...perceptual import perceptual_shape
 from ..run.launch import Images
-from ..tasks import adapter, autoencoder, predictor, tiny_decoder
+from ..tasks import adapter, autoencoder, few_steps, predictor, tiny_decoder
 from ..tasks.adapter import AdapterRecipe, AdapterTask
 from ..tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
+from ..tasks.few_steps import FewStepsRecipe, FewStepsTask
 from ..tasks.predictor import PredictorRecipe, PredictorTask
 from ..tasks.tiny_decoder import TinyDecoderRecipe, TinyDecoderTask
 
 Module = TypeVar("Module", bound=nn.Module)
-Recipe = AdapterRecipe | AutoencoderRecipe | PredictorRecipe | TinyDecoderRecipe
-Task = AdapterTask | AutoencoderTask | PredictorTask | TinyDecoderTask
+Recipe = AdapterRecipe | AutoencoderRecipe | FewStepsRecipe | PredictorRecipe | TinyDecoderRecipe
+Task = AdapterTask | AutoencoderTask | FewStepsTask | PredictorTask | TinyDecoderTask
 
 
 class Prompts(Embeddings):
@@ -60,7 +62,7 @@ def task(
     """
     run = replace(recipe.run, compile=False)
     base = base or AutoencoderConfig()
-    if not isinstance(recipe, AdapterRecipe):
+    if not isinstance(recipe, (AdapterRecipe, FewStepsRecipe)):
         network = recipe.losses.network
         distance = empty(lambda: perceptual_shape(network)) if recipe.losses.perceptual else None
     if isinstance(recipe, TinyDecoderRecipe):
@@ -79,13 +81,25 @@ def task(
             made.recipe = recipe
         return made
     shape = model or MMDiTConfig()
-    # Files are in fp16, which the position table stays in.
-    stored = {name: tensor.half() for name, tensor in empty(lambda: MMDiT(shape)).state_dict().items()}
     davae = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
+    if isinstance(recipe, FewStepsRecipe):
+        wide = replace(shape, in_channels=davae.latent.channels, out_channels=davae.latent.channels)
+        # One step of the teacher's for a sheet, which takes what each of them takes.
+        config = AdapterConfig(davae.latent, shape.hidden, shape.patch, Recommended(recipe.data.size, 4.0, 2.5, 1))
+        return FewStepsTask(
+            replace(recipe, run=run, start=None),
+            images,
+            few_steps.Parts(davae, Prompts(text, shape), stored(wide), config),
+        )
     # Each step of sampling takes the same memory, and so does the second prediction of a guided one, but for a latent.
     told = replace(recipe.recommended, steps=1, cfg=1.0)
     one_step = replace(recipe, run=run, start=None, latents=None, recommended=told)
-    return AdapterTask(one_step, images, adapter.Parts(davae, Prompts(text, shape), stored))
+    return AdapterTask(one_step, images, adapter.Parts(davae, Prompts(text, shape), stored(shape)))
+
+
+def stored(shape: MMDiTConfig) -> dict[str, torch.Tensor]:
+    """A diffusion model as files hold it: in fp16, which the position table stays in."""
+    return {name: tensor.half() for name, tensor in empty(lambda: MMDiT(shape)).state_dict().items()}
 
 
 def empty(build: Callable[[], Module]) -> Module:

@@ -15,7 +15,7 @@ import torch
 
 from ... import bases, checkpoints, tiny
 from ... import sampling as sampler
-from ...adapter import PAPER_TARGETS, Adapter, Recommended, merge
+from ...adapter import PAPER_TARGETS, AdapterConfig, Recommended, merge
 from ...davae import DAVAE
 from ...embeddings import Embeddings
 from ...errors import DAVAEError
@@ -113,16 +113,16 @@ class Parts:
     Attributes:
         davae: in fp32.
         text: encodes prompts, or holds what they are encoded to.
-        model: state dict of the pretrained diffusion model.
-        adapter: of it.
+        adapted: state dict of the diffusion model with its adapter.
+        config: of the adapter: its latent, and how it is to be sampled.
         start: a few-step LoRA to start from.
         of: what these are to the LoRA that is made.
     """
 
     davae: DAVAE
     text: TextEncoder | Embeddings
-    model: dict[str, torch.Tensor]
-    adapter: Adapter
+    adapted: dict[str, torch.Tensor]
+    config: AdapterConfig
     start: FewStepLora | None = None
     of: dict[Role, Identity] = field(default_factory=dict)
 
@@ -132,19 +132,22 @@ class Parts:
         davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32)
         check_family(davae.latent, bases.SD3, recipe.autoencoder.name, "the model (--model) draws latents of SD3")
         adapter = checkpoints.load_adapter(recipe.adapter)
-        check_adapter(adapter, davae.latent, recipe)
+        check_adapter(adapter.config, davae.latent, recipe)
         model = pretrained.diffusion_model(recipe.model)
         of: dict[Role, Identity] = {"base_model": identity("base_model", model, recipe.model.name)}
         of["davae"] = identity("davae", davae.state_dict(), recipe.autoencoder.name)
+        adapted = merge(model, adapter)
+        of["adapted_model"] = identity("adapted_model", adapted, recipe.adapter.name)
         start = None
         if recipe.start is not None:
             start, of["start"] = checkpoints.load_few_step_lora(recipe.start), Identity(recipe.start.name)
-        return cls(davae, source(recipe.text_encoder, recipe.embeddings), model, adapter, start, of)
+            check_continues(start, adapter.config, recipe)
+        return cls(davae, source(recipe.text_encoder, recipe.embeddings), adapted, adapter.config, start, of)
 
 
-def check_adapter(adapter: Adapter, latent: LatentSpec, recipe: FewStepsRecipe) -> None:
+def check_adapter(adapter: AdapterConfig, latent: LatentSpec, recipe: FewStepsRecipe) -> None:
     """Raise DAVAEError unless the adapter is for the DA-VAE."""
-    here, there = (torch.tensor(units(spec)) for spec in (adapter.config.latent, latent))
+    here, there = (torch.tensor(units(spec)) for spec in (adapter.latent, latent))
     shifts = slice(latent.channels)  # an adapter may divide the detail by more
     if len(here) != len(there) or not torch.allclose(here[shifts], there[shifts], rtol=1e-3, atol=1e-4):
         raise DAVAEError(
@@ -166,23 +169,18 @@ class FewStepsTask:
         self.recipe = recipe
         check_settings(recipe)
         parts = parts or Parts.read(recipe)
-        self.davae, self.text, self.of = parts.davae.requires_grad_(False), parts.text, dict(parts.of)
+        self.davae, self.text, self.of = parts.davae.requires_grad_(False), parts.text, parts.of
         if recipe.run.prompts is not None:  # a prompt without an embedding is found now and not at the first sheet
             encode(self.text, [asked.prompt for asked in read_prompts(recipe.run.prompts)], torch.device("cpu"))
-        self.units, told = parts.adapter.config.latent, parts.adapter.config.recommended
+        self.units, told = parts.config.latent, parts.config.recommended
         shift, cfg = recipe.shift or told.shift or 1.0, recipe.cfg or told.cfg or 1.0
         self.teaching = Sampling(shift, cfg, told.steps or Sampling.steps)
         self.recommended = Recommended(recipe.data.size, shift, 1.0, recipe.steps)
         names = [STUDENT] if recipe.method == "trajectory" else [STUDENT, FAKE]
-        adapted = merge(parts.model, parts.adapter)
-        self.of["adapted_model"] = identity("adapted_model", adapted, recipe.adapter.name)
-        if parts.start is not None:
-            check_continues(parts.start, parts.adapter, recipe)
         frozen = torch.bfloat16 if recipe.frozen == "bf16" else torch.float32
         self.model = FewStepModel(
-            adapted, self.units, names, recipe.rank, recipe.targets, recipe.run.seed, parts.start, frozen
+            parts.adapted, self.units, names, recipe.rank, recipe.targets, recipe.run.seed, parts.start, frozen
         )
-        del adapted
         if recipe.gradient_checkpointing:
             self.model.checkpoint_blocks()
         if recipe.run.compile:
@@ -256,12 +254,12 @@ class FewStepsTask:
         return [path]
 
 
-def check_continues(start: FewStepLora, adapter: Adapter, recipe: FewStepsRecipe) -> None:
+def check_continues(start: FewStepLora, adapter: AdapterConfig, recipe: FewStepsRecipe) -> None:
     """Raise DAVAEError unless a run may go on from ``start``."""
-    if start.hidden != adapter.config.hidden or start.latent.channels != adapter.config.latent.channels:
+    if start.hidden != adapter.hidden or start.latent.channels != adapter.latent.channels:
         raise DAVAEError(
             f"{recipe.start} is for a model of width {start.hidden} with {start.latent.channels} channels, "
-            f"{recipe.adapter.name} for one of {adapter.config.hidden} with {adapter.config.latent.channels}; give the "
+            f"{recipe.adapter.name} for one of {adapter.hidden} with {adapter.latent.channels}; give the "
             "adapter that it was trained on"
         )
     wrong = {tensor.shape[0] for name, tensor in start.state.items() if name.endswith(".lora_A.weight")}

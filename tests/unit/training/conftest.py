@@ -20,15 +20,16 @@ from davae_core.checkpoints import files
 from davae_core.training import stages as entry
 from davae_core.training.run import launch, state
 
-STAGES = ("base_autoencoder", "base_dit", "autoencoder", "adapter", "predictor")
+STAGES = ("base_autoencoder", "base_dit", "autoencoder", "adapter", "steps", "predictor")
 MAINS = {stage: partial(entry.run, stage) for stage in STAGES}
 Curves = dict[str, dict[int, float]]
-SIZES = {"base_autoencoder": 16, "base_dit": 16, "autoencoder": 32, "adapter": 32, "predictor": 32}
+SIZES = {"base_autoencoder": 16, "base_dit": 16, "autoencoder": 32, "adapter": 32, "steps": 32, "predictor": 32}
 EXPORTS = {
     "base_autoencoder": [tiny.BASE_AUTOENCODER],
     "base_dit": [tiny.MODEL, tiny.TEXT_ENCODER],
     "autoencoder": [tiny.AUTOENCODER],
     "adapter": [tiny.ADAPTER],
+    "steps": [tiny.FEW_STEPS],
     "predictor": [tiny.PREDICTOR],
 }
 
@@ -104,6 +105,8 @@ class Stages:
             "autoencoder": f"--base {base} --losses.l1 2 --losses.perceptual 0 --losses.kl 1e-7 --alignment.weight 0.2",
             "adapter": f"--model {diffusion} --text-encoder {text} --autoencoder {self.file('autoencoder')} --rank 4 "
             "--detail-warmup 4 --recommended.steps 3 --recommended.size 0",
+            "steps": f"--model {diffusion} --text-encoder {text} --autoencoder {self.file('autoencoder')} "
+            f"--adapter {self.file('adapter')} --rank 4 --steps 2 --substeps 2 --cfg 3",
             "predictor": f"--autoencoder {self.file('autoencoder')} --width 64 --blocks 1",
         }
         return own[stage].split()
