@@ -59,6 +59,9 @@ class ReconstructionConfig:
     """Mean absolute difference."""
     l2: float = 0.0
     """Mean squared difference: helps a model that starts from nothing to find colours."""
+    gradient: float = 0.0
+    """Mean absolute difference of what neighbouring pixels differ by, along both sides: against speckle on even ground
+    and blurred edges."""
     perceptual: float = 1.0
     """Perceptual distance; 0 loads no network."""
     network: Literal["st-lpips-alex", "st-lpips-vgg", "lpips-alex", "lpips-vgg"] = "st-lpips-vgg"
@@ -99,6 +102,10 @@ class Reconstruction(nn.Module):
         if config.l2:
             parts["l2"] = (x - y.float()).square().mean()
             loss = loss + config.l2 * parts["l2"]
+        if config.gradient:
+            apart = x - y.float()
+            parts["gradient"] = apart.diff(dim=-1).abs().mean() + apart.diff(dim=-2).abs().mean()
+            loss = loss + config.gradient * parts["gradient"]
         if self.distance is not None:
             parts["perceptual"] = self.distance(x, y).float().mean()
             loss = loss + config.perceptual * parts["perceptual"]

@@ -13,6 +13,7 @@ from ...autoencoder import Autoencoder, AutoencoderConfig
 from ...bases import BASES, SD3
 from ...davae import DAVAE, DAVAEConfig
 from ...embeddings import Embeddings, Encoded
+from ...latent import LatentSpec
 from ...mmdit import MMDiT, MMDiTConfig
 from ...perceptual import perceptual_shape
 from ..run.launch import Images
@@ -21,6 +22,7 @@ from ..tasks.adapter import AdapterRecipe, AdapterTask
 from ..tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
 from ..tasks.few_steps import FewStepsRecipe, FewStepsTask
 from ..tasks.predictor import PredictorRecipe, PredictorTask
+from ..tasks.redrawing import RedrawConfig, Redrawing, built
 from ..tasks.tiny_decoder import TinyDecoderRecipe, TinyDecoderTask
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -75,6 +77,8 @@ def task(
     if isinstance(recipe, AutoencoderRecipe):
         family = BASES.get(recipe.family, SD3)
         parts = autoencoder.Parts(empty(lambda: Autoencoder(base)), family, distance)
+        if recipe.redraw.share:
+            parts.redrawing = redrawing(recipe.redraw, model or MMDiTConfig(), text)
         made = AutoencoderTask(replace(recipe, run=run, start=None, freeze_detail=False), images, parts)
         if recipe.freeze_detail:
             autoencoder.freeze_detail(made.model, recipe)
@@ -83,18 +87,30 @@ def task(
     shape = model or MMDiTConfig()
     davae = empty(lambda: DAVAE(DAVAEConfig(base, base_decoder=True)))
     if isinstance(recipe, FewStepsRecipe):
-        wide = replace(shape, in_channels=davae.latent.channels, out_channels=davae.latent.channels)
         # One step of the teacher's for a sheet, which takes what each of them takes.
         config = AdapterConfig(davae.latent, shape.hidden, shape.patch, Recommended(recipe.data.size, 4.0, 2.5, 1))
         return FewStepsTask(
             replace(recipe, run=run, start=None),
             images,
-            few_steps.Parts(davae, Prompts(text, shape), stored(wide), config),
+            few_steps.Parts(davae, Prompts(text, shape), stored(widened(shape)), config),
         )
     # Each step of sampling takes the same memory, and so does the second prediction of a guided one, but for a latent.
     told = replace(recipe.recommended, steps=1, cfg=1.0)
     one_step = replace(recipe, run=run, start=None, latents=None, recommended=told)
     return AdapterTask(one_step, images, adapter.Parts(davae, Prompts(text, shape), stored(shape)))
+
+
+def redrawing(config: RedrawConfig, shape: MMDiTConfig, text: int) -> Redrawing:
+    """An adapted model that draws over latents; each of its steps takes the same memory."""
+    spec = LatentSpec()
+    adapter = AdapterConfig(spec, shape.hidden, shape.patch, Recommended(shift=4.0, cfg=2.5))
+    return Redrawing(config, built(stored(widened(shape)), config.frozen), adapter, Prompts(text, shape))
+
+
+def widened(shape: MMDiTConfig) -> MMDiTConfig:
+    """The shape of a model with an adapter."""
+    channels = LatentSpec().channels
+    return replace(shape, in_channels=channels, out_channels=channels)
 
 
 def stored(shape: MMDiTConfig) -> dict[str, torch.Tensor]:

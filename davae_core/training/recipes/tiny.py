@@ -1,4 +1,4 @@
-"""The recipes of the tiny family: two sizes of one recipe, twelve trainings each.
+"""The recipes of the tiny family: two sizes of one recipe, fourteen trainings each.
 
 ``micro`` makes 128 px images from 16 tokens, ``tiny`` 256 px images from 64. The base models work at half these sizes.
 """
@@ -14,6 +14,7 @@ from ..objective import ReconstructionConfig
 from ..places import SIZES, folder
 from ..run.config import OptimiserConfig, RunConfig
 from ..tasks import adapter, autoencoder, base_autoencoder, base_dit, few_steps, predictor, tiny_decoder
+from ..tasks.redrawing import RedrawConfig
 
 # 64 at least: with 32, each of the 32 norm groups is one channel, and colours get lost.
 BASE = AutoencoderConfig(widths=(64, 64, 64, 64), blocks=1)
@@ -133,6 +134,28 @@ def finished_adapter_recipe(size: str) -> adapter.AdapterRecipe:
     )
 
 
+def redrawn_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
+    """The same latents, decoded as the adapted model draws them: the decoder alone, on latents that it has drawn over.
+
+    On the captioned images, for the others' captions are not known to the model.
+    """
+    robust, last = robust_autoencoder_recipe(size), finished_adapter_recipe(size)
+    return replace(
+        robust,
+        data=replace(robust.data, images=_images(size, "train"), flip=False),
+        run=RunConfig(folder(size, "autoencoder_redrawn"), steps=1500, batch=4, seed=4),
+        start=folder(size, "autoencoder_robust") / tiny.AUTOENCODER,
+        redraw=RedrawConfig(
+            share=0.7,
+            model=last.model,
+            adapter=folder(size, "adapter_finish") / tiny.ADAPTER,
+            text_encoder=last.text_encoder,
+        ),
+        latent_noise=0.4,
+        detail_dropout=0.05,
+    )
+
+
 def few_steps_recipe(size: str) -> few_steps.FewStepsRecipe:
     """The few-step LoRA, on all captions but the held-out ones."""
     last = finished_adapter_recipe(size)
@@ -141,7 +164,7 @@ def few_steps_recipe(size: str) -> few_steps.FewStepsRecipe:
         run=RunConfig(folder(size, "few_steps"), steps=3000, batch=32),
         model=last.model,
         adapter=folder(size, "adapter_finish") / tiny.ADAPTER,
-        autoencoder=folder(size, "autoencoder_robust") / tiny.AUTOENCODER,
+        autoencoder=folder(size, "autoencoder_redrawn") / tiny.AUTOENCODER,
         text_encoder=last.text_encoder,
         optimiser=OptimiserConfig(lr=5e-4, schedule="cosine", ema=0.995),
         rank=32,
@@ -193,7 +216,7 @@ def tiny_decoder_recipe(size: str) -> tiny_decoder.TinyDecoderRecipe:
     return tiny_decoder.TinyDecoderRecipe(
         data=DataConfig(_images(size, "train", "other"), size=SIZES[size], flip=False, workers=0, cache=True),
         run=RunConfig(folder(size, "tiny_decoder"), steps=5000, batch=8),
-        autoencoder=folder(size, "autoencoder_robust") / tiny.AUTOENCODER,
+        autoencoder=folder(size, "autoencoder_redrawn") / tiny.AUTOENCODER,
         optimiser=OptimiserConfig(lr=2e-3, schedule="cosine", ema=0.998),
         losses=ReconstructionConfig(l1=1.0, l2=2.0, perceptual=1.5, network="st-lpips-alex", kl=0.0),
         perceptual_start=3000,
@@ -210,6 +233,7 @@ AUTOENCODER = {size: (about, autoencoder_recipe(size)) for size, about in _ABOUT
 AUTOENCODER |= {f"{size}-finish": (about, finished_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 AUTOENCODER |= {f"{size}-sharpen": (about, sharpened_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 AUTOENCODER |= {f"{size}-robust": (about, robust_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
+AUTOENCODER |= {f"{size}-redrawn": (about, redrawn_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER = {size: (about, adapter_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER |= {f"{size}-finish": (about, finished_adapter_recipe(size)) for size, about in _ABOUT.items()}
 FEW_STEPS = {size: (about, few_steps_recipe(size)) for size, about in _ABOUT.items()}

@@ -37,6 +37,7 @@ from . import pieces
 from .begin import Units, check_units, on_base, start_from
 from .critic import CriticConfig, CriticPhase, PatchCritic, gradient_ratio
 from .recompute import blocks_of, recompute
+from .redrawing import RedrawConfig, Redrawing
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class AutoencoderRecipe:
     latent_noise: float = 0.0
     """Most noise that is added to base and detail before decoding, in standard deviations of each channel; its level is
     drawn for each sample from 0 to this. A decoder that has seen none paints a sampler's errors as spots."""
+    redraw: RedrawConfig = RedrawConfig()
+    """Latents that the adapted model has drawn over: what the decoder will be given."""
     detail_dropout: float = 0.1
     """Share of samples whose whole detail latent is set to zero before decoding."""
 
@@ -97,6 +100,7 @@ class AutoencoderPhase(Phase):
         recipe: AutoencoderRecipe,
         critic: PatchCritic | None,
         distance: PerceptualDistance | None = None,
+        redrawing: Redrawing | None = None,
     ) -> None:
         super().__init__()
         self.model, self.recipe = model, recipe
@@ -104,6 +108,7 @@ class AutoencoderPhase(Phase):
         self.reconstructions: dict[int, torch.Tensor] = {}  # for the critic, by micro-batch
         self._units_checked = False
         self._critic = (critic,)  # in a tuple: not a submodule, it is trained by its own phase
+        self._redrawing = (redrawing,)  # likewise: it is not trained
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
@@ -118,7 +123,11 @@ class AutoencoderPhase(Phase):
         draws = Draws(recipe.run.seed, step, batch["position"])
         z_detail = sampled(moments, draws.normal("latent", z_base.new_empty(moments.chunk(2, dim=1)[0].shape)))
         kept = (draws.uniform("detail") >= recipe.detail_dropout).to(z_detail).view(-1, 1, 1, 1)
-        y = model.decode(self.disturbed(torch.cat([z_base, z_detail * kept], dim=1), draws))
+        z = torch.cat([z_base, z_detail * kept], dim=1)
+        (redrawing,) = self._redrawing
+        if redrawing is not None:
+            z = redrawing(z, batch["caption"], draws)
+        y = model.decode(self.disturbed(z, draws))
         losses = self.losses(x, y, moments)
         critic = self._critic[0]
         if critic is not None and step >= recipe.critic.start:
@@ -172,22 +181,32 @@ class Parts:
         base: the base VAE, in fp32.
         family: the base model that it belongs to.
         distance: the perceptual distance; None loads the one of the recipe, if it has one.
+        redrawing: draws over latents; None for none.
         of: what these are to the file that is made.
     """
 
     base: Autoencoder
     family: Base
     distance: PerceptualDistance | None = None
+    redrawing: Redrawing | None = None
     of: dict[Role, Identity] = field(default_factory=dict)
 
     @classmethod
     def read(cls, recipe: AutoencoderRecipe) -> "Parts":
         """Out of the recipe's files."""
         base = pretrained.base_vae(recipe.base)
+        redrawing = None
+        if recipe.redraw.share:
+            if recipe.start is None or not recipe.freeze_detail:
+                raise DAVAEError(
+                    "--redraw.share draws over latents that an adapter was trained on, so they have to stay what they "
+                    "are: give that DA-VAE as --start, and --freeze-detail"
+                )
+            redrawing = Redrawing.read(recipe.redraw, checkpoints.load_autoencoder(recipe.start).latent)
         of: dict[Role, Identity] = {"base_vae": identity("base_vae", base.state_dict(), recipe.base.name)}
         if recipe.start is not None:
             of["start"] = Identity(recipe.start.name)
-        return cls(base, pretrained.base_of_file(recipe.base, base.config, recipe.family), of=of)
+        return cls(base, pretrained.base_of_file(recipe.base, base.config, recipe.family), redrawing=redrawing, of=of)
 
 
 class AutoencoderTask:
@@ -219,15 +238,18 @@ class AutoencoderTask:
             for part in (self.model.base_encoder.mid, self.model.decoder.mid, *self.model.decoder.up):
                 part.compile()
         critic = PatchCritic(recipe.critic.width, recipe.critic.layers) if recipe.critic.weight else None
-        self.phase = AutoencoderPhase(self.model, recipe, critic, parts.distance)
+        self.phase = AutoencoderPhase(self.model, recipe, critic, parts.distance, parts.redrawing)
+        self.redrawing = parts.redrawing
         self.phases: dict[str, Phase] = {"autoencoder": self.phase}
         if critic is not None:
             self.phases["critic"] = CriticPhase(critic, recipe.critic.start, self.phase.reconstructions)
 
     def to(self, device: torch.device) -> None:
-        """Move the model and the critic."""
+        """Move the model, the critic, and the model that draws."""
         for phase in self.phases.values():
             phase.to(device)
+        if self.redrawing is not None:
+            self.redrawing.to(device)
 
     def sheet(self, batch: Batch) -> torch.Tensor:
         """Images; base latent decoded at half size and enlarged; reconstructions without and with detail.

@@ -22,7 +22,6 @@ from ...errors import DAVAEError
 from ...few_steps import FewStepLora
 from ...history import History, Identity, Role, identity
 from ...images import tile
-from ...latent import LatentSpec
 from ...prompts import encode, source
 from ...sampling import Sampling
 from ...text_encoder import TextEncoder
@@ -36,10 +35,10 @@ from ..run.task import Batch, Phase
 from ..run.validation import SHEET_IMAGES
 from ..text.asked import read_prompts
 from . import pieces, sheets
-from .adapted import units
 from .begin import check_family
 from .distribution import FAKE, DistributionPhase, Drawn, FakePhase
 from .few_step_model import TEACHER, FewStepModel
+from .redrawing import require_same_latent
 from .rollout import STUDENT, Rollout
 from .trajectory import TrajectoryPhase
 
@@ -132,7 +131,7 @@ class Parts:
         davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32)
         check_family(davae.latent, bases.SD3, recipe.autoencoder.name, "the model (--model) draws latents of SD3")
         adapter = checkpoints.load_adapter(recipe.adapter)
-        check_adapter(adapter.config, davae.latent, recipe)
+        require_same_latent(adapter.config, davae.latent, recipe.adapter.name)
         model = pretrained.diffusion_model(recipe.model)
         of: dict[Role, Identity] = {"base_model": identity("base_model", model, recipe.model.name)}
         of["davae"] = identity("davae", davae.state_dict(), recipe.autoencoder.name)
@@ -143,17 +142,6 @@ class Parts:
             start, of["start"] = checkpoints.load_few_step_lora(recipe.start), Identity(recipe.start.name)
             check_continues(start, adapter.config, recipe)
         return cls(davae, source(recipe.text_encoder, recipe.embeddings), adapted, adapter.config, start, of)
-
-
-def check_adapter(adapter: AdapterConfig, latent: LatentSpec, recipe: FewStepsRecipe) -> None:
-    """Raise DAVAEError unless the adapter is for the DA-VAE."""
-    here, there = (torch.tensor(units(spec)) for spec in (adapter.latent, latent))
-    shifts = slice(latent.channels)  # an adapter may divide the detail by more
-    if len(here) != len(there) or not torch.allclose(here[shifts], there[shifts], rtol=1e-3, atol=1e-4):
-        raise DAVAEError(
-            f"{recipe.adapter.name} is for another DA-VAE than {recipe.autoencoder.name}: their latents have other "
-            "channels or units; give the DA-VAE that it was trained on"
-        )
 
 
 class FewStepsTask:

@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, twelve trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, fourteen trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -28,9 +28,11 @@ TRAININGS = {
     "autoencoder_finish": ("autoencoder", "-finish", tiny.AUTOENCODER),
     "autoencoder_sharpen": ("autoencoder", "-sharpen", tiny.AUTOENCODER),
     "autoencoder_robust": ("autoencoder", "-robust", tiny.AUTOENCODER),
-    "tiny_decoder": ("tiny_decoder", "", tiny.DECODER),
     "adapter": ("adapter", "", tiny.ADAPTER),
     "adapter_finish": ("adapter", "-finish", tiny.ADAPTER),
+    "autoencoder_redrawn": ("autoencoder", "-redrawn", tiny.AUTOENCODER),
+    "few_steps": ("steps", "", tiny.FEW_STEPS),
+    "tiny_decoder": ("tiny_decoder", "", tiny.DECODER),
     "predictor": ("predictor", "", tiny.PREDICTOR),
     "predictor_vary": ("predictor", "-vary", tiny.PREDICTOR),
     "predictor_finish": ("predictor", "-finish", tiny.PREDICTOR),

@@ -24,7 +24,7 @@ AUTHOR = "DA-VAE node pack"
 LICENCE = "Apache-2.0; trained on Fluent Emoji (MIT), Noto Emoji (Apache-2.0) and Twemoji (CC-BY-4.0)"
 LIMIT = 40 * 2**20
 # The trainings whose files ship.
-LAST = ("base_dit", "autoencoder_robust", "adapter_finish", "predictor_finish", "tiny_decoder")
+LAST = ("base_dit", "autoencoder_redrawn", "adapter_finish", "few_steps", "predictor_finish", "tiny_decoder")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ def install(config: InstallConfig) -> list[Path]:
     stage = {name: folder(config.size, name) for name in LAST}
     state, _ = files.read(stage["base_dit"] / tiny.MODEL)
     encoder = checkpoints.load_text_encoder(stage["base_dit"] / tiny.TEXT_ENCODER)
-    trained = stage["autoencoder_robust"] / tiny.AUTOENCODER
+    trained = stage["autoencoder_redrawn"] / tiny.AUTOENCODER
     davae = checkpoints.load_autoencoder(trained, torch.float32)
     history = metadata.history_of(files.read_metadata(trained)[1], trained.name)
     adapter = checkpoints.load_adapter(stage["adapter_finish"] / tiny.ADAPTER)
     predictor = checkpoints.load_predictor(stage["predictor_finish"] / tiny.PREDICTOR)
     decoder = checkpoints.load_tiny_decoder(stage["tiny_decoder"] / tiny.DECODER)
+    few_steps = checkpoints.load_few_step_lora(stage["few_steps"] / tiny.FEW_STEPS)
     told = STAGES["adapter"].recipes[config.size][1].recommended  # chosen by what the trained family draws
     preview = preview_of(davae, folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))
@@ -69,6 +70,7 @@ def install(config: InstallConfig) -> list[Path]:
         out["loras"] / tiny.ADAPTER,
         out["latent_upscale_models"] / tiny.PREDICTOR,
         out["vae_approx"] / tiny.DECODER,
+        out["loras"] / tiny.FEW_STEPS,
     ]
     by: dict[str, Any] = {"author": AUTHOR, "licence": LICENCE}
     about = {"modelspec.title": "Tiny SD3.5", "modelspec.author": AUTHOR, "modelspec.license": LICENCE}
@@ -81,6 +83,8 @@ def install(config: InstallConfig) -> list[Path]:
         paths[4], predictor.half(), title="Tiny detail predictor", history=predictor.history, **by
     )
     checkpoints.save_tiny_decoder(paths[5], decoder.half(), title="Tiny decoder", history=decoder.history, **by)
+    few_steps = replace(few_steps, state={name: tensor.half() for name, tensor in few_steps.state.items()})
+    checkpoints.save_few_step_lora(paths[6], few_steps, title="Tiny few-step LoRA", **by)
     for path in paths:
         print(f"{path.stat().st_size / 2**20:6.2f} MiB  {path}")
     total = sum(path.stat().st_size for path in paths)

@@ -46,6 +46,17 @@ def test_the_squared_difference_is_a_part_where_it_has_a_weight() -> None:
     assert torch.allclose(parts["loss"], parts["l1"] + 3 * parts["l2"])
 
 
+def test_the_gradient_loss_is_blind_to_a_shift_of_colour_and_counts_every_speck() -> None:
+    loss = Reconstruction(ReconstructionConfig(l1=0.0, perceptual=0.0, gradient=2.0))
+    x = torch.rand(1, 3, 8, 8)
+    assert loss(x, x + 0.3)["loss"].item() == pytest.approx(0.0, abs=1e-6)
+    y = x.clone()
+    y[0, :, 4, 4] += 0.8
+    # One pixel differs from its four neighbours: two pairs of the 8 * 7 along each side.
+    assert loss(x, y)["gradient"].item() == pytest.approx(2 * 2 * 0.8 / 56)
+    assert loss(x, y)["loss"].item() == pytest.approx(2 * 2 * 2 * 0.8 / 56)
+
+
 def test_a_new_encoder_that_starts_certain_has_a_spread_of_a_twentieth() -> None:
     layer = torch.nn.Conv2d(4, 6, 1)
     torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

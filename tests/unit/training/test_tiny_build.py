@@ -38,10 +38,8 @@ def finished(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
             continue
         link = recipes.folder("micro", stage)
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(
-            stages.folder(stage if stage.startswith("base_") else stage.partition("_")[0]),
-            target_is_directory=True,
-        )
+        own = {"few_steps": "steps"}.get(stage, stage if stage.startswith("base_") else stage.partition("_")[0])
+        link.symlink_to(stages.folder(own), target_is_directory=True)
     data = recipes.folder("micro", "data")
     data.mkdir()
     (data / "train").symlink_to(stages.images, target_is_directory=True)
@@ -69,8 +67,14 @@ def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     read |= {robust.base, robust.start, adapter.model, adapter.text_encoder, adapter.autoencoder, last.start}
     read |= {predictor.autoencoder, end.autoencoder, end.start, vary.start}
     decoder = recipes.tiny_decoder_recipe(size)
-    assert decoder.autoencoder == robust.run.out / tiny.AUTOENCODER
-    ends = {last.run.out / tiny.ADAPTER, end.run.out / tiny.PREDICTOR, decoder.run.out / tiny.DECODER}
+    redrawn, few = recipes.redrawn_autoencoder_recipe(size), recipes.few_steps_recipe(size)
+    read |= {redrawn.start, redrawn.redraw.adapter, few.autoencoder, few.adapter, decoder.autoencoder}
+    assert redrawn.start == robust.run.out / tiny.AUTOENCODER
+    assert decoder.autoencoder == few.autoencoder == redrawn.run.out / tiny.AUTOENCODER
+    assert {(redrawn.redraw.model, redrawn.redraw.text_encoder), (few.model, few.text_encoder)} == {
+        (adapter.model, adapter.text_encoder)
+    }
+    ends = {end.run.out / tiny.PREDICTOR, decoder.run.out / tiny.DECODER, few.run.out / tiny.FEW_STEPS}
     assert read == left - ends
     assert (last.model, last.autoencoder) == (adapter.model, adapter.autoencoder)
 
@@ -81,6 +85,7 @@ def test_no_recipe_reads_a_held_out_image() -> None:
         recipes.BASE_DIT,
         recipes.AUTOENCODER,
         recipes.ADAPTER,
+        recipes.FEW_STEPS,
         recipes.PREDICTOR,
         recipes.TINY_DECODER,
     ):
@@ -90,7 +95,7 @@ def test_no_recipe_reads_a_held_out_image() -> None:
 
 def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
     paths = install.install(install.InstallConfig("micro", finished / "pack"))
-    assert [path.relative_to(finished / "pack").parts[0] for path in paths] == list(tiny.FOLDERS)
+    assert [path.relative_to(finished / "pack").parts[0] for path in paths] == [*tiny.FOLDERS, "loras"]
     for path in paths:
         tensors, info = files.read(path)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
@@ -106,6 +111,7 @@ def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
         assert history is not None and history.steps == 2 and history.of
         assert str(finished.parent) not in str(history.settings)
     assert checkpoints.load_text_encoder(paths[1]).config.vocabulary
+    assert checkpoints.load_few_step_lora(paths[6]).recommended.cfg == 1.0
     assert not mismatch(checkpoints.load_tiny_decoder(paths[5]).latent, adapter.config.latent)
 
 
@@ -122,7 +128,7 @@ def test_building_a_finished_family_trains_nothing(
     asked = []
     monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 12
+    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 14
     assert [config.size for config in asked] == [128]
 
 
