@@ -16,9 +16,9 @@ class FewStepsLora(io.ComfyNode):
             node_id="DAVAE_FewSteps",
             display_name="Few-Step LoRA",
             category=CATEGORY,
-            description="Lets an adapted MODEL draw in 1 to 8 steps without guidance, by a LoRA that was trained for "
-            "it. Its shift holds with every sampler, its steps and cfg in the Adapted SD3.5 Sampler where the widgets "
-            "are 0. The MODEL you connect is not changed.",
+            description="Lets an adapted MODEL draw in 1 to 8 steps without guidance, with a LoRA that was trained for "
+            "it. The LoRA's shift holds with every sampler; its steps and cfg are used by the Adapted SD3.5 Sampler "
+            "where the widgets are 0. The MODEL you connect is not changed.",
             search_aliases=["DAVAE", "few steps", "turbo", "lightning", "fast", "distilled"],
             inputs=[
                 io.Model.Input("model", tooltip="The adapted model that the LoRA was trained for."),
