@@ -40,6 +40,7 @@ SHOWN: dict[str, list[tuple[str, Sequence[str]]]] = {
     "DAVAE_DetailDecode": [("tiny_detail_strength", [f"Detail strength {v}" for v in ("0", "0.5", "1", "1.5")])],
     "DAVAE_DetailEncode": [("tiny_roundtrip", ["Before", "Encoded and decoded again"])],
     "DAVAE_Loader": [("tiny_roundtrip", ["Before", "Its base, half the size", "Encoded and decoded again"])],
+    "DAVAE_FewSteps": [("tiny_fast", ["1 step", "2 steps", "4 steps", "30 steps, without the LoRA"])],
     "DAVAE_FromBaseLatent": [("tiny_twice_the_size", ["Bicubic", "No detail"])],
     "DAVAE_PredictDetail": [("tiny_twice_the_size", ["Bicubic", "No detail", "Predicted detail"])],
     "DAVAE_RerollDetail": [("tiny_reroll_detail", ["Before", "Other detail"])],

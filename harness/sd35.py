@@ -27,10 +27,11 @@ CHECKPOINT = "sd3.5_medium.safetensors"
 CLIP_L, CLIP_G, T5 = "clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors"
 DAVAE, PREDICTOR = "sd35_davae.safetensors", "sd35_predictor.safetensors"
 ADAPTERS = {f"sd35m_davae_{size}.safetensors": size for size in (1024, 2048)}
+FEW_STEPS = "sd35m_davae_fast.safetensors"
 
 # All of them, with their folders.
 FILES = [("checkpoints", CHECKPOINT), *(("text_encoders", name) for name in (CLIP_L, CLIP_G, T5))]
-FILES += [("vae", DAVAE), ("latent_upscale_models", PREDICTOR), *(("loras", name) for name in ADAPTERS)]
+FILES += [("vae", DAVAE), ("latent_upscale_models", PREDICTOR), *(("loras", name) for name in (*ADAPTERS, FEW_STEPS))]
 
 # Of ComfyUI's own configurations, what makes the text encoders small; widths stay as they are.
 SHORT = {
@@ -73,6 +74,8 @@ def write_files(models: Path) -> None:
     for name, size in ADAPTERS.items():
         told = Recommended(size=size, shift=4.0 if size == 2048 else 3.0, cfg=2.5, steps=30)
         checkpoints.save_adapter(models / "loras" / name, replace(family, recommended=told).adapter())
+    few = replace(family.few_steps(), recommended=Recommended(size=2048, shift=4.0, cfg=1.0, steps=4))
+    checkpoints.save_few_step_lora(models / "loras" / FEW_STEPS, few)
 
 
 def _checkpoint(family: Family) -> dict[str, torch.Tensor]:

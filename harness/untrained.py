@@ -16,6 +16,8 @@ from davae_core import checkpoints
 from davae_core.adapter import Adapter, Recommended, merge, zero_adapter
 from davae_core.autoencoder import AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig
+from davae_core.few_steps import FewStepLora
+from davae_core.history import History, Identity, Role, identity
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig, sincos_grid
 from davae_core.predictor import DetailPredictor, PredictorConfig
@@ -45,6 +47,7 @@ class Family:
     zero_adapter_file: str = field(default="davae_toy_zero_adapter.safetensors", init=False)
     merged_file: str = field(default="davae_toy_merged.safetensors", init=False)
     predictor_file: str = field(default="davae_toy_predictor.safetensors", init=False)
+    few_steps_file: str = field(default="davae_toy_few_steps.safetensors", init=False)
 
     @property
     def latent(self) -> LatentSpec:
@@ -85,6 +88,18 @@ class Family:
         }
         return Adapter(config, state)
 
+    def few_steps(self) -> FewStepLora:
+        """A few-step LoRA for the adapted model, whose settings are not the adapter's."""
+        generator = torch.Generator().manual_seed(self.seed + 5)
+        blank = zero_adapter(self.model, self.latent, rank=4, generator=generator).lora_state()
+        state = {
+            name: 0.05 * torch.randn(tensor.shape, generator=generator) if name.endswith("lora_B.weight") else tensor
+            for name, tensor in blank.items()
+        }
+        told = replace(self.recommended, shift=1.5 * self.recommended.shift, cfg=1.0, steps=2)
+        of: dict[Role, Identity] = {"adapted_model": identity("adapted_model", self.merged().state, "the toy adapter")}
+        return FewStepLora(self.latent, told, state, History(steps=1, of=of))
+
     def predictor(self) -> DetailPredictor:
         """A predictor of the DA-VAE's detail, none of whose layers is zero."""
         torch.manual_seed(self.seed + 4)
@@ -117,6 +132,7 @@ class Family:
             models / "latent_upscale_models" / self.predictor_file: lambda path: checkpoints.save_predictor(
                 path, self.predictor()
             ),
+            models / "loras" / self.few_steps_file: lambda path: checkpoints.save_few_step_lora(path, self.few_steps()),
             models / "diffusion_models" / self.merged_file: lambda path: checkpoints.save_merged(path, self.merged()),
         }
         for path, make in files.items():

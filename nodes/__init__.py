@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import comfy_bridge, controls, detail, loaders, predicting, sampling
+from . import comfy_bridge, controls, detail, few_steps, loaders, predicting, sampling
 
 
 class DAVAEExtension(ComfyExtension):
@@ -12,4 +12,4 @@ class DAVAEExtension(ComfyExtension):
         """Called by ComfyUI once, at start."""
         comfy_bridge.register_folders()
         comfy_bridge.install_previews()
-        return [*loaders.NODES, *detail.NODES, *predicting.NODES, *sampling.NODES, *controls.NODES]
+        return [*loaders.NODES, *few_steps.NODES, *detail.NODES, *predicting.NODES, *sampling.NODES, *controls.NODES]

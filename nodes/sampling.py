@@ -18,8 +18,8 @@ class AdaptedSampler(io.ComfyNode):
             node_id="DAVAE_Sampler",
             display_name="Adapted SD3.5 Sampler",
             category=CATEGORY,
-            description="KSampler for adapted models: the same image for the same settings, with the adapter's "
-            "recommended settings where a widget is left at 0.",
+            description="KSampler for adapted models: the same image for the same settings. Where a widget is left at "
+            "0, it takes what the few-step LoRA on the MODEL recommends, or else the adapter.",
             search_aliases=["DAVAE", "KSampler", "SD3.5"],
             inputs=[
                 io.Model.Input("model", tooltip="An adapted model, or an unadapted one and an adapter chosen below."),
@@ -41,7 +41,11 @@ class AdaptedSampler(io.ComfyNode):
                     tooltip="Of the noise. Same seed and settings, same image.",
                 ),
                 io.Int.Input(
-                    "steps", default=0, min=0, max=10000, tooltip="Sampling steps. 0: as the adapter recommends."
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    tooltip="Sampling steps. 0: as the few-step LoRA on the MODEL recommends, or else the adapter.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -49,7 +53,7 @@ class AdaptedSampler(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Guidance. 1: none. 0: as the adapter recommends.",
+                    tooltip="Guidance. 1: none. 0: as the few-step LoRA on the MODEL recommends, or else the adapter.",
                 ),
                 io.Combo.Input(
                     "sampler_name", options=comfy_bridge.sampler_names(), default="euler", tooltip="Sampler."
@@ -64,7 +68,7 @@ class AdaptedSampler(io.ComfyNode):
                     max=100.0,
                     step=0.01,
                     tooltip="Time shift: larger spends more steps on the layout. 0: as the MODEL has it, set by "
-                    "ModelSamplingSD3 or else as the adapter recommends.",
+                    "ModelSamplingSD3 or a few-step LoRA, or else as the adapter recommends.",
                 ),
                 io.Float.Input(
                     "denoise",

@@ -34,6 +34,14 @@ _WHERE = {
     "text_encoder": "choose the tiny model's text encoder (models/text_encoders)",
 }
 
+# Files that lie in one folder and are easily taken for one another: what to do with the first, where the second is
+# asked for.
+_OTHERWISE = {
+    ("few_step_lora", "adapter"): ", and put this file on the adapted model with the node Few-Step LoRA",
+    ("adapter", "few_step_lora"): "; adapters go into the node DA-VAE Adapter, before it",
+    ("lora", "few_step_lora"): "; other LoRAs go into ComfyUI's own LoRA loaders",
+}
+
 
 def save_autoencoder(
     path: PathLike,
@@ -276,7 +284,9 @@ def _header(path: PathLike, kind: FileKind) -> tuple[dict[str, torch.Tensor], di
         info = dict(file.header.metadata)
         found = detect(file.header.shapes, metadata.kind_of(info))
         if found.kind != kind:
-            raise CheckpointError(f"{name} is {found.description}; {_WHERE[kind]}")
+            raise CheckpointError(
+                f"{name} is {found.description}; {_WHERE[kind]}{_OTHERWISE.get((found.kind, kind), '')}"
+            )
         return file.header.meta(name), info, name
 
 

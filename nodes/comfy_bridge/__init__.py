@@ -3,6 +3,7 @@
 from comfy.model_patcher import ModelPatcher
 
 from .autoencoder import AutoencoderHandle, load_autoencoder
+from .few_steps import apply_few_steps
 from .folders import check_file, file_names, file_stamp, register_folders, require_file
 from .kept import adapted
 from .latent_format import require_channels
@@ -26,6 +27,7 @@ __all__ = [
     "Settings",
     "adapted",
     "apply_adapter",
+    "apply_few_steps",
     "check_file",
     "decode_fast",
     "decoder_names",

@@ -51,6 +51,20 @@ def note_predictor(history: History | None, name: str, davae: torch.nn.Module, d
         _say_once(f"DA-VAE: {name} was {words}: {davae_name}. The detail that it predicts is not this DA-VAE's")
 
 
+def note_adapted(history: History | None, name: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Say it where a few-step LoRA is put on another adapted model than it was trained on.
+
+    Args:
+        history, name: of the LoRA and its file.
+        state: the MODEL's own embedder and head, without LoRA, names of the SD3.5 layout.
+    """
+    if words := mismatch(history, "adapted_model", state):
+        _say_once(
+            f"DA-VAE: {name} was {words}: the MODEL. Use the adapter that it was trained on, at strength 1; with "
+            "another, pictures in few steps may be wrong"
+        )
+
+
 def note_sampled(history: History | None, latent: torch.Tensor) -> None:
     """Remember which DA-VAE a latent is of, that an adapted model has just sampled: ``[B, C + D, h, w]``."""
     if history is not None and "davae" in history.of and latent.numel():

@@ -23,11 +23,14 @@ class AdaptedSD3(comfy.model_base.SD3):
         davae_latent: channels, scale and normalisation of the latent.
         davae_recommended: sampling settings of the adapter, 0 where it names none.
         davae_history: how the adapter was trained, where its file tells.
+        davae_exact: whether embedder and head are those that were trained, up to rounding: not made from layers that
+            were quantised, or on which there was a LoRA.
     """
 
     davae_latent: LatentSpec
     davae_recommended: Recommended
     davae_history: History | None = None
+    davae_exact: bool = True
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Called once before sampling, with every sampler: the place to refuse what would fail inside the network."""

@@ -6,7 +6,6 @@ base tensor may be written into a replaced layer. So the user's MODEL is only re
 
 import copy
 import logging
-from typing import Any
 
 import comfy.lora
 import torch
@@ -14,9 +13,11 @@ from comfy.model_patcher import ModelPatcher
 
 from ...davae_core.adapter import EMBED, HEAD, WIDENED, Adapter, check_fits, widen
 from ...davae_core.errors import DAVAEError
+from ...davae_core.history import fingerprint
 from . import bypass, sharing
 from .carried import carry_over
 from .history import note_base
+from .lora import add_lora
 from .model import AdaptedSD3, describe, is_sd3, model_config
 from .versions import archive_dtypes, inference_dtype, unload
 from .weights import NETWORK, original_weights, plain_weight, require_filled, tensor_of_its_own
@@ -83,6 +84,7 @@ class _Rebuild:
 
         state = original_weights(self.base)
         note_base(self.adapter, self.name, state)
+        exact = len(fingerprint("adapted_model", state)) == len(WIDENED) and not any(map(self._patches, WIDENED))
         plain = {name: self._plain_weight(name) for name in WIDENED}
         check_fits(self.adapter.config, tuple(plain[WIDENED[0]].shape), tuple(plain[WIDENED[2]].shape))
         for name in [name for name in state if name.startswith((EMBED, HEAD))]:
@@ -103,7 +105,7 @@ class _Rebuild:
             logging.warning("DA-VAE: tensors of the MODEL that its network does not use: %s", ", ".join(unexpected[:3]))
         model.device = old.device
         model.davae_latent, model.davae_recommended = spec, recommended
-        model.davae_history = self.adapter.history
+        model.davae_history, model.davae_exact = self.adapter.history, exact
         archive_dtypes(model.diffusion_model)
         return model
 
@@ -115,29 +117,20 @@ class _Rebuild:
         """
         key = NETWORK + name
         weight = plain_weight(self.base, key)
-        patches = self.base.patches.get(key, []) + bypass.weight_patches(self.base, key)
+        patches = self._patches(name)
         if patches:
             weight = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
         return weight.to(inference_dtype(self.base.model))
+
+    def _patches(self, name: str) -> list[tuple]:
+        """What a LoRA or a merge has put on a tensor of the base network."""
+        key = NETWORK + name
+        return self.base.patches.get(key, []) + bypass.weight_patches(self.base, key)
 
     def _new_patcher(self, model: AdaptedSD3, kind: type[ModelPatcher]) -> ModelPatcher:
         """A patcher around the new model, with what the user put on the base and the adapter's LoRA."""
         patcher = kind(model, load_device=self.base.load_device, offload_device=self.base.offload_device)
         carry_over(self.base, patcher)
         patcher.cached_patcher_init = (self.deep_copy, ())
-        self._add_lora(patcher)
+        add_lora(patcher, self.adapter.lora_state(), self.strength, self.name)
         return patcher
-
-    def _add_lora(self, patcher: ModelPatcher) -> None:
-        """The adapter's trunk LoRA as ordinary patches: merged into the weights at loading, no cost per step."""
-        lora = self.adapter.lora_state()
-        if not lora:
-            return
-        loaded: dict[Any, Any] = comfy.lora.load_lora(lora, comfy.lora.model_lora_keys_unet(patcher.model, {}))
-        added = patcher.add_patches(loaded, self.strength)
-        expected = sum(name.endswith(".lora_A.weight") for name in lora)
-        if len(added) != expected:
-            raise DAVAEError(
-                f"{self.name} changes {expected} layers of the trunk, but the MODEL has only {len(added)} of them; use "
-                "the model the adapter was trained for"
-            )

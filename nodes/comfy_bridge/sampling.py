@@ -11,6 +11,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 import nodes as comfy_nodes  # ComfyUI's, not this pack's: that one is imported relatively
 
 from ...davae_core.latent import LatentSpec
+from .few_steps import recommended
 from .model import require_adapted
 
 # Where neither the user nor the adapter says anything: the authors' settings for SD3.5-medium at 2048 px.
@@ -19,8 +20,8 @@ FALLBACK_STEPS, FALLBACK_CFG = 30, 2.5
 
 @dataclass(frozen=True)
 class Settings:
-    """Sampler settings as in the node's widgets; steps and cfg of 0 mean "as the adapter recommends", shift 0 "as the
-    MODEL has it"."""
+    """Sampler settings as in the node's widgets; steps and cfg of 0 mean "as the few-step LoRA on the MODEL recommends,
+    or else its adapter", shift 0 "as the MODEL has it"."""
 
     seed: int
     steps: int
@@ -60,12 +61,11 @@ def sample(
     Raises:
         DAVAEError: the MODEL is not adapted, the LATENT does not fit, or the CONDITIONING is not the MODEL's.
     """
-    inner = require_adapted(model.model)
-    recommended = inner.davae_recommended
+    told = recommended(model)
     if settings.shift:
         model = ModelSamplingSD3().patch(model, settings.shift)[0]
-    steps = settings.steps or recommended.steps or FALLBACK_STEPS
-    cfg = settings.cfg or recommended.cfg or FALLBACK_CFG
+    steps = settings.steps or told.steps or FALLBACK_STEPS
+    cfg = settings.cfg or told.cfg or FALLBACK_CFG
     shift = getattr(model.get_model_object("model_sampling"), "shift", "of another kind")  # not every class has one
     logging.info("DA-VAE: %d steps, cfg %g, shift %s", steps, cfg, shift)
     return comfy_nodes.common_ksampler(  # type: ignore[attr-defined]

@@ -41,7 +41,9 @@ base_model = g.node("UNETLoader", unet_name=family.model_file, weight_dtype="def
 adapted = g.node("DAVAE_Adapter", model=base_model, adapter_name=family.adapter_file, strength=1.0)
 merged = g.node("DAVAE_ModelLoader", model_name=family.merged_file, dtype="auto")
 small = g.node("DAVAE_TinySD35")
+fast = g.node("DAVAE_FewSteps", model=adapted, lora_name=family.few_steps_file, strength=1.0)
 loaded = {"vae": davae[0], "base_vae": davae[1], "davae": davae[2], "adapted": adapted, "merged": merged}
+loaded["fast"] = fast
 loaded["predicted"] = g.node(
     "DAVAE_PredictDetail",
     samples=g.node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
@@ -54,7 +56,7 @@ for key, value in loaded.items():
 objects = comfy.run(g.prompt).captured
 
 ours = [family.davae_file, family.adapter_file, family.merged_file, family.predictor_file]
-ours += [tiny.MODEL, tiny.TEXT_ENCODER]
+ours += [family.few_steps_file, tiny.MODEL, tiny.TEXT_ENCODER]
 mapped = Path("/proc/self/maps")
 if mapped.exists():
     lines = mapped.read_text()
@@ -75,7 +77,7 @@ words = g.node("CLIPTextEncode", clip=node["clip"], text="3d peach")
 settings = {"seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 picture = g.node("EmptyImage", width=64, height=64, batch_size=1, color=255)
 encoded = g.node("DAVAE_DetailEncode", image=picture, davae=node["davae"], size_rule="pad")
-for key in ("adapted", "merged"):
+for key in ("adapted", "merged", "fast"):
     latent = g.node("KSampler", model=node[key], latent_image=encoded, **text, **settings)
     image = g.node("DAVAE_DetailDecode", samples=latent, davae=node["davae"], detail_strength=1.0)
     g.node("HarnessCapture", value=image, key=key)
@@ -86,7 +88,7 @@ sampled = g.node(
 g.node("HarnessCapture", value=g.node("VAEDecode", samples=encoded, vae=node["vae"]), key="stock")
 g.node("HarnessCapture", value=sampled, key="sampled")
 out = comfy.run(g.prompt, inputs=objects).captured
-assert all(torch.isfinite(out[key]).all() for key in ("adapted", "merged", "stock"))
+assert all(torch.isfinite(out[key]).all() for key in ("adapted", "merged", "fast", "stock"))
 assert torch.isfinite(out["sampled"]["samples"]).all()
 print("still there")
 """

@@ -6,9 +6,9 @@ import inspect
 import sys
 
 IDS = {
-    "DAVAE_Loader", "DAVAE_Adapter", "DAVAE_ModelLoader", "DAVAE_TinySD35", "DAVAE_DetailEncode", "DAVAE_DetailDecode",
-    "DAVAE_EmptyLatent", "DAVAE_FromBaseLatent", "DAVAE_ToBaseLatent", "DAVAE_PredictDetail", "DAVAE_Sampler",
-    "DAVAE_RerollDetail", "DAVAE_SwapBase",
+    "DAVAE_Loader", "DAVAE_Adapter", "DAVAE_FewSteps", "DAVAE_ModelLoader", "DAVAE_TinySD35", "DAVAE_DetailEncode",
+    "DAVAE_DetailDecode", "DAVAE_EmptyLatent", "DAVAE_FromBaseLatent", "DAVAE_ToBaseLatent", "DAVAE_PredictDetail",
+    "DAVAE_Sampler", "DAVAE_RerollDetail", "DAVAE_SwapBase",
 }  # fmt: skip
 
 

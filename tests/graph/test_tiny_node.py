@@ -9,10 +9,11 @@ from davae_core import checkpoints, tiny
 from davae_core.text_encoder import TextEncoder
 from harness.headless import HeadlessComfy
 
-FILES = {
-    "diffusion_models": tiny.MODEL, "text_encoders": tiny.TEXT_ENCODER, "vae": tiny.AUTOENCODER, "loras": tiny.ADAPTER,
-    "vae_approx": tiny.DECODER,
-}  # fmt: skip
+FILES = [
+    ("diffusion_models", tiny.MODEL), ("text_encoders", tiny.TEXT_ENCODER), ("vae", tiny.AUTOENCODER),
+    ("loras", tiny.ADAPTER), ("loras", tiny.FEW_STEPS), ("latent_upscale_models", tiny.PREDICTOR),
+    ("vae_approx", tiny.DECODER),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def test_prompt_to_picture_with_stock_text_nodes(run, toys) -> None:
 def test_the_shipped_files_are_offered_by_the_loaders_and_small(comfy: HeadlessComfy) -> None:
     import folder_paths
 
-    for kind, name in FILES.items():
+    for kind, name in FILES:
         assert name in folder_paths.get_filename_list(kind)
-    assert sum((tiny.FOLDERS[kind] / name).stat().st_size for kind, name in FILES.items()) < 40 * 2**20
+    assert sum((tiny.FOLDERS[kind] / name).stat().st_size for kind, name in FILES) < 40 * 2**20
 
 
 def test_prompts_weights_and_unknown_words(run, encoder: TextEncoder) -> None:

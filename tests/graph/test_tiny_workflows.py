@@ -19,6 +19,7 @@ from harness.result import Result
 SAVED = {
     "tiny_davae": ["With DA-VAE"],
     "tiny_detail_strength": [f"Detail strength {value}" for value in ("0", "0.5", "1", "1.5")],
+    "tiny_fast": ["1 step", "2 steps", "4 steps", "8 steps", "30 steps, without the LoRA"],
     "tiny_from_base": ["Twice the size"],
     "tiny_img2img": ["After"],
     "tiny_inpaint": ["After"],
@@ -146,7 +147,9 @@ def test_the_files_that_are_asked_for_are_those_of_the_tiny_family(prompts) -> N
     for name, prompt in prompts.items():
         values = [value for node in prompt.values() for value in node["inputs"].values() if isinstance(value, str)]
         asked = {value for value in values if value.endswith(".safetensors")}
-        assert asked <= {tiny.AUTOENCODER, tiny.ADAPTER, tiny.PREDICTOR} and tiny.AUTOENCODER in asked, name
+        assert (
+            asked <= {tiny.AUTOENCODER, tiny.ADAPTER, tiny.FEW_STEPS, tiny.PREDICTOR} and tiny.AUTOENCODER in asked
+        ), name
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -206,6 +209,17 @@ def test_a_picture_of_the_workflow_is_beside_it(name: str) -> None:
     """Made by ``python -m harness.thumbnails``."""
     picture = Image.open(FOLDER / f"{name}.jpg")
     assert picture.format == "JPEG" and picture.width >= 800
+
+
+def test_the_few_step_workflow_draws_one_seed_in_the_steps_of_its_titles(prompts, recommended) -> None:
+    samplers = {
+        node["_meta"]["title"]: node["inputs"]
+        for node in prompts["tiny_fast"].values()
+        if node["class_type"] == "DAVAE_Sampler"
+    }
+    assert {title: f"Sampler ({asked['steps']})" for title, asked in samplers.items()} == {t: t for t in samplers}
+    assert len({(asked["seed"], asked["cfg"], asked["shift"]) for asked in samplers.values()}) == 1
+    assert samplers["Sampler (30)"]["steps"] == recommended.steps
 
 
 def test_the_note_of_the_base_model_says_the_settings_that_it_has(prompts, recommended) -> None:

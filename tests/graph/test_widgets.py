@@ -29,6 +29,7 @@ class Bench:
         self.files = {
             ("DAVAE_Loader", "davae_name"): family.davae_file,
             ("DAVAE_Adapter", "adapter_name"): family.adapter_file,
+            ("DAVAE_FewSteps", "lora_name"): family.few_steps_file,
             ("DAVAE_Sampler", "adapter_name"): "(already adapted)",
             ("DAVAE_ModelLoader", "model_name"): family.merged_file,
             ("DAVAE_PredictDetail", "predictor_name"): family.predictor_file,
