@@ -75,7 +75,11 @@ class Runner:
             SideResult(side.label, seconds, cost, peak, _rate(side, seconds))
             for side, seconds, cost, peak in zip(case.sides, taken, costs, peaks)
         ]
-        return CaseResult(case.name, case.title, setup.to_json(), tuple(results))
+        sums = {
+            name: sum(count * taken[place].median for place, count in parts.items())
+            for name, parts in case.sums.items()
+        }
+        return CaseResult(case.name, case.title, setup.to_json(), tuple(results), sums)
 
     def _peak(self, side: sides.Side, setup: Setup, call: Callable[[], object]) -> int:
         return memory.peak(call, "cuda") if setup.device == "cuda" else fresh.measure(side, setup).peak
@@ -168,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         results.append(result)
         say("  " + ", ".join(f"{side.label} {side.seconds.median:.3g} s" for side in result.sides))
+        for name, seconds in result.sums.items():
+            say(f"  {name}: {seconds:.3g} s")
         kept = bounds.judge(results, [*bounds.FULL, *bounds.QUICK])
         if options.json:  # after each case, so that an interrupted run has something to show
             figures.write_json(options.json, _record(setup, rate, results, kept, runner.left_out, argv))

@@ -17,7 +17,8 @@ class Limit:
 
     Attributes:
         case: its name.
-        of: "time" or "memory", the first side's over the second's; or "shared", a note of the first side.
+        of: "time" or "memory", the first side's over the second's; "sum", the first sum over the second; or "shared", a
+            note of the first side.
         at_least, at_most: None where there is no such limit.
     """
 
@@ -40,6 +41,7 @@ FULL = [
     Limit("adapter application full", "time", at_most=1.5),
     *(Limit(f"adapter application {scale}", "shared", at_least=0.99) for scale in ("small", "full")),
     Limit("route 1024", "time", at_most=1.05),
+    *(Limit(f"four steps 2048 {route}", "sum", at_least=40.0) for route in (COMFY, CORE)),
     Limit(f"picture 2048 batch 1 {COMFY}", "time", at_least=6.0),  # a GPU alone has time for it
 ]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Case:
         scale: overrides the setup's.
         blocks: likewise, if not 0; -1 for all blocks.
         slow: part of the long run alone.
+        sums: what calls of the sides make together, by its name: how often each, by the side's place.
         write_files: makes the files that sides of their own processes load.
     """
 
@@ -42,6 +43,7 @@ class Case:
     scale: str = ""
     blocks: int = 0
     slow: bool = False
+    sums: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     write_files: Callable[[Path, Setup], None] | None = None
 
 
@@ -85,6 +87,7 @@ def everything(gpu: bool) -> list[Case]:
         *_full_depth(gpu),
         *_autoencoder(),
         *_pictures(gpu),
+        *_few_steps(),
         *_loading(gpu),
         *_whole(gpu),
         *_others(),
@@ -186,6 +189,31 @@ def _pictures(gpu: bool) -> Iterator[Case]:
                     memory=route == COMFY,
                     scale=scale,
                 )
+
+
+def _few_steps() -> Iterator[Case]:
+    """A picture in many steps with guidance against one in few without it, summed up from its parts, all timed in one
+    run: the native one is minutes a call on a CPU."""
+    for route in ROUTES:
+        for size in (1024, 2048):
+            yield Case(
+                f"four steps {size} {route}",
+                f"native model call with guidance / adapted without, at {size} px",
+                (
+                    Side("native", size, route),
+                    Side("adapted, no guidance", size, route),
+                    Side("SD3 VAE decode", size, route),
+                    Side("DA-VAE decode", size, route),
+                    Side("tiny decode", size),
+                ),
+                rounds=3,
+                sums={
+                    "native, 30 steps with guidance, decode": {0: 30, 2: 1},
+                    "adapted, 4 steps without, decode": {1: 4, 3: 1},
+                    "adapted, 4 steps without, tiny decode": {1: 4, 4: 1},
+                    "adapted, 30 steps with guidance (two texts a call), decode": {1: 60, 3: 1},
+                },
+            )
 
 
 def _loading(gpu: bool) -> Iterator[Case]:

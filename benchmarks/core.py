@@ -13,10 +13,12 @@ from davae_core.autoencoder import Autoencoder, AutoencoderConfig
 from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT, MMDiTConfig
+from davae_core.tiny_decoder import TinyDecoder, TinyDecoderConfig
 
 from .setup import TEXT_TOKENS, Setup
 
 LATENT = LatentSpec()
+SD3_TINY_WIDTHS = (64, 64, 48, 24, 16)  # those of the recipe sd3_tiny_decoder
 
 
 def adapted_config(setup: Setup) -> MMDiTConfig:
@@ -93,10 +95,20 @@ def latent_shape(setup: Setup, is_adapted: bool, size: int) -> tuple[int, int, i
     return setup.batch, channels, size // factor, size // factor
 
 
-def model_call(model: MMDiT, setup: Setup, is_adapted: bool, size: int) -> Callable[[], torch.Tensor]:
-    """One call with CFG: the latents twice, with two texts."""
+@cache
+def tiny_decoder(setup: Setup) -> TinyDecoder:
+    """A tiny decoder of the widths that the recipe for SD3.5 has."""
+    torch.manual_seed(6)
+    model = TinyDecoder(TinyDecoderConfig(LATENT, SD3_TINY_WIDTHS))
+    return model.to(setup.device, setup.torch_dtype).eval().requires_grad_(False)
+
+
+def model_call(
+    model: MMDiT, setup: Setup, is_adapted: bool, size: int, guided: bool = True
+) -> Callable[[], torch.Tensor]:
+    """One call; with CFG the latents twice, with two texts."""
     _, channels, height, width = latent_shape(setup, is_adapted, size)
-    batch = 2 * setup.batch
+    batch = 2 * setup.batch if guided else setup.batch
     x = noise(setup, batch, channels, height, width)
     context = noise(setup, batch, TEXT_TOKENS, model.config.context)
     pooled = noise(setup, batch, model.config.pooled)

@@ -47,12 +47,14 @@ class CaseResult:
         name, title: of the case.
         setup: what it ran with, see :class:`setup.Setup`.
         sides: at least two.
+        sums: seconds of several calls together, by what they make.
     """
 
     name: str
     title: str
     setup: dict[str, Any]
     sides: tuple[SideResult, ...]
+    sums: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> Seconds:
@@ -69,13 +71,16 @@ class CaseResult:
         """A figure that may be bounded, None where it has not been measured.
 
         Args:
-            of: "time", "memory", or the name of a note of the first side.
+            of: "time", "memory", "sum" (the first sum over the second), or the name of a note of the first side.
         """
         first, second = self.sides[:2]
         if of == "time":
             return self.ratio.median
         if of == "memory":
             return first.peak / second.peak if first.peak is not None and second.peak else None
+        if of == "sum":
+            one, two = [*self.sums.values(), None, None][:2]
+            return one / two if one is not None and two else None
         return first.notes.get(of)
 
     def to_json(self) -> dict[str, Any]:
@@ -88,6 +93,7 @@ class CaseResult:
             "ratio": self.ratio.to_json(),
             "arithmetic": self.arithmetic,
             "memory_ratio": self.figure("memory"),
+            **({"sums": dict(self.sums), "sum_ratio": self.figure("sum")} if self.sums else {}),
         }
 
 
@@ -103,4 +109,4 @@ def case_from_json(told: Mapping[str, Any]) -> CaseResult:
         )
         for side in told["sides"]
     )
-    return CaseResult(told["name"], told["title"], told["setup"], sides)
+    return CaseResult(told["name"], told["title"], told["setup"], sides, told.get("sums", {}))

@@ -23,7 +23,12 @@ from .record import CaseResult, SideResult, case_from_json
 from .sides import COMFY, CORE
 
 HEAD = ("", "first", "second", "ratio", "arithmetic", "bound", "")
-FIGURES = {"time": "", "memory": ", peak memory", "shared": ", weights shared"}  # and how a row of the table says so
+FIGURES = {
+    "time": "",
+    "memory": ", peak memory",
+    "shared": ", weights shared",
+    "sum": "",
+}  # and how a row of the table says so
 GIB = 2**30
 # Which cases show growth, how a side of them is labelled, with its model and the number on the x axis, and the axis.
 GROWTH = (
@@ -72,6 +77,12 @@ def _row(result: CaseResult, of: str) -> list[str] | None:
     if of == "memory":
         assert first.peak is not None and second.peak is not None
         figures = [f"{first.peak / GIB:.2f} GiB", f"{second.peak / GIB:.2f} GiB", f"{value:.2f}", ""]
+    elif of == "sum":
+        one, two, *more = result.sums.items()
+        others = "".join(f"; {name}: {seconds:.3g} s" for name, seconds in more)
+        figures = [f"{one[1]:.3g} s", f"{two[1]:.3g} s", f"{value:.1f}", ""]
+        kept_by = ", ".join(bound.limits() for bound in kept)
+        return [f"{one[0]} / {two[0]} (sums of parts{others})", *figures, kept_by, _verdict(kept)]
     elif of == "shared":
         figures = [f"{value:.1%}", "", "", ""]
     else:

@@ -77,8 +77,8 @@ def conditioning(setup: Setup) -> tuple[Conditioning, Conditioning]:
     return one(), one()
 
 
-def model_call(patcher: Any, setup: Setup, is_adapted: bool, size: int) -> Callable[[], Any]:
-    """One call with CFG, as every stock sampler makes it at each step."""
+def model_call(patcher: Any, setup: Setup, is_adapted: bool, size: int, guided: bool = True) -> Callable[[], Any]:
+    """One call, as every stock sampler makes it at each step; with CFG of both texts."""
     import comfy.model_management as management  # type: ignore[import-not-found,unused-ignore]
     import comfy.sampler_helpers  # type: ignore[import-not-found,unused-ignore]
     import comfy.samplers  # type: ignore[import-not-found,unused-ignore]
@@ -87,11 +87,11 @@ def model_call(patcher: Any, setup: Setup, is_adapted: bool, size: int) -> Calla
     named = dict(zip(("positive", "negative"), map(comfy.sampler_helpers.convert_cond, conditioning(setup))))
     conds = comfy.samplers.process_conds(patcher.model, x, named, x.device, x, None, 0)
     sigma = torch.full((setup.batch,), 0.5, device=x.device)
-    need = patcher.model.memory_required([2 * x.shape[0], *x.shape[1:]])
+    need = patcher.model.memory_required([(2 if guided else 1) * x.shape[0], *x.shape[1:]])
     management.load_models_gpu([patcher], memory_required=need)
     patcher.pre_run()
-    both = [conds["positive"], conds["negative"]]
-    return lambda: comfy.samplers.calc_cond_batch(patcher.model, both, x, sigma, patcher.model_options)
+    asked = [conds["positive"], conds["negative"]] if guided else [conds["positive"]]
+    return lambda: comfy.samplers.calc_cond_batch(patcher.model, asked, x, sigma, patcher.model_options)
 
 
 @cache

@@ -91,14 +91,19 @@ def forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _model(is_adapted: bool) -> Callable[[Side, Setup], Callable[[], Any]]:
+def _model(is_adapted: bool, guided: bool = True) -> Callable[[Side, Setup], Callable[[], Any]]:
     def make(side: Side, setup: Setup) -> Callable[[], Any]:
         models = route if side.route == COMFY else core
         alone = replace(setup, batch=1)  # one model for all batches
         model = (models.adapted if is_adapted else models.native)(alone)
-        return models.model_call(model, setup, is_adapted, side.size)
+        return models.model_call(model, setup, is_adapted, side.size, guided)
 
     return make
+
+
+def _tiny_decode(side: Side, setup: Setup) -> Callable[[], Any]:
+    z, model = core.noise(setup, *core.latent_shape(setup, True, side.size)), core.tiny_decoder(setup)
+    return lambda: model(z)
 
 
 def _decode(side: Side, setup: Setup) -> Callable[[], Any]:
@@ -141,6 +146,8 @@ def _encode(side: Side, setup: Setup) -> Callable[[], Any]:
 BUILDERS: dict[str, Callable[[Side, Setup], Callable[[], Any]]] = {
     "native": _model(False),
     "adapted": _model(True),
+    "adapted, no guidance": _model(True, guided=False),
+    "tiny decode": _tiny_decode,
     "diffusers": lambda side, setup: others.transformer_call(setup, side.size),
     "SD3 VAE decode": _decode,
     "DA-VAE decode": _decode,
@@ -162,10 +169,10 @@ def count(side: Side, setup: Setup) -> Cost | None:
 
 @cache
 def _count(what: str, size: int, setup: Setup) -> Cost | None:
-    def network(is_adapted: bool, size: int) -> Cost:
+    def network(is_adapted: bool, size: int, texts: int = 2) -> Cost:
         config = core.adapted_config(setup) if is_adapted else setup.mmdit()
         _, _, height, width = core.latent_shape(setup, is_adapted, size)
-        return cost.model_call(config, height, width, 2 * setup.batch, setup.torch_dtype)
+        return cost.model_call(config, height, width, texts * setup.batch, setup.torch_dtype)
 
     def vae(what: str, is_davae: bool, size: int) -> Cost:
         return cost.autoencoder(what, is_davae, size, setup.batch, setup.torch_dtype)
@@ -174,6 +181,7 @@ def _count(what: str, size: int, setup: Setup) -> Cost | None:
         "native": lambda: network(False, size),
         "diffusers": lambda: network(False, size),
         "adapted": lambda: network(True, size),
+        "adapted, no guidance": lambda: network(True, size, texts=1),
         "SD3 VAE decode": lambda: vae("decode", False, size),
         "DA-VAE decode": lambda: vae("decode", True, size),
         "DA-VAE tiled decode": lambda: vae("decode", True, size),

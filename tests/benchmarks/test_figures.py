@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from benchmarks import bounds, cases, report, sides, timing
 from benchmarks.charts import Chart, Line, render
 from benchmarks.cost import Cost
-from benchmarks.record import CaseResult, SideResult
+from benchmarks.record import CaseResult, SideResult, case_from_json
 from benchmarks.setup import Setup
 from benchmarks.sides import COMFY, CORE, Side
 from davae_core.errors import DAVAEError
@@ -51,6 +52,29 @@ def test_bytes_are_at_least_the_weights_and_halve_with_the_dtype() -> None:
     assert single.bytes > 4 * 180e6  # two blocks have 186 million weights
     assert 0.45 < half.bytes / single.bytes < 0.6
     assert half.flops == single.flops
+
+
+def test_a_call_without_guidance_is_half_of_one_with_it() -> None:
+    one, both = (sides.count(Side(what, 1024), SD35) for what in ("adapted, no guidance", "adapted"))
+    assert one is not None and both is not None
+    assert one.flops / both.flops == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_picture_is_summed_up_from_its_parts_and_judged() -> None:
+    made = replace(result("four steps 2048 ComfyUI"), sums={"native": 310.0, "adapted": 5.0, "tiny": 4.0})
+    assert made.figure("sum") == 62.0 and result().figure("sum") is None
+    (bound,) = bounds.judge([made], bounds.FULL)
+    assert (bound.value, bound.at_least, bound.passed) == (62.0, 40.0, True)
+    assert case_from_json(json.loads(json.dumps(made.to_json()))).sums == made.sums
+    row = report._row(made, "sum")
+    assert row == ["native / adapted (sums of parts; tiny: 4 s)", "310 s", "5 s", "62.0", "", ">= 40", "kept"]
+
+
+def test_the_case_of_few_steps_sums_up_calls_that_it_times() -> None:
+    for case in cases.everything(gpu=False):
+        assert all(place < len(case.sides) for parts in case.sums.values() for place in parts)
+    (case,) = (case for case in cases.everything(gpu=False) if case.name == "four steps 2048 ComfyUI")
+    assert [list(parts.values()) for parts in case.sums.values()][:2] == [[30, 1], [4, 1]]
 
 
 def test_sides_are_taken_in_turn_after_a_warm_up() -> None:
