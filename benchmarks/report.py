@@ -23,12 +23,8 @@ from .record import CaseResult, SideResult, case_from_json
 from .sides import COMFY, CORE
 
 HEAD = ("", "first", "second", "ratio", "arithmetic", "bound", "")
-FIGURES = {
-    "time": "",
-    "memory": ", peak memory",
-    "shared": ", weights shared",
-    "sum": "",
-}  # and how a row of the table says so
+# What a row of the table is of, and how it says so.
+FIGURES = {"time": "", "memory": ", peak memory", "shared": ", weights shared", "sum": ""}
 GIB = 2**30
 # Which cases show growth, how a side of them is labelled, with its model and the number on the x axis, and the axis.
 GROWTH = (

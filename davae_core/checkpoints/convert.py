@@ -250,6 +250,8 @@ def _export(args: argparse.Namespace, opened: Opened) -> Path:
                 folder, native.load_autoencoder(args.src), name, part.native if part else None
             )
             _report("autoencoder", difference)
+        elif kind == "few_step_lora":
+            export.few_step_lora(folder, native.load_few_step_lora(args.src))
         elif kind == "adapter":
             _report("adapter", export.adapter(folder, native.load_adapter(args.src), name))
         else:

@@ -8,6 +8,7 @@
                           davae_blocks.safetensors   dc_down.*, dc_up.*: what lies between those two and the latent
     adapter               pytorch_lora_weights.safetensors   for SD3Transformer2DModel.load_lora_adapter
                           davae_embedder_head.safetensors    P', O' and the changes of P and O
+    few-step LoRA         pytorch_lora_weights.safetensors   for the same, on a merged model
     all                   davae.json     the latent: channels, scale, normalisation, recommended sampling
 
 Channels are [base, detail] here as everywhere but in the authors' files.
@@ -25,6 +26,7 @@ from ..adapter import Adapter, Recommended
 from ..autoencoder import AutoencoderConfig, DecoderTrunk
 from ..davae import DAVAE
 from ..errors import CheckpointError
+from ..few_steps import FewStepLora
 from ..history import History
 from ..latent import LatentSpec
 from ..lora import lora_deltas
@@ -126,6 +128,12 @@ def adapter(folder: Path, given: Adapter, file: str) -> float:
     files.save(folder / "davae_embedder_head.safetensors", rest, {"format": "pt"})
     latent(folder, given.config.latent, given.config.recommended, given.history)
     return difference
+
+
+def few_step_lora(folder: Path, given: FewStepLora) -> None:
+    """Write a few-step LoRA; diffusers puts it on a merged model."""
+    files.save(folder / lora.WEIGHTS[0], lora.for_diffusers(given.state), {"format": "pt"})
+    latent(folder, given.latent, given.recommended, given.history)
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -41,9 +41,11 @@ STEPS = "--data.size {size} --data.workers 0 --run.steps 2 --run.batch 2 --run.m
 ADAPTER = f"{STEPS} --frozen fp32 --rank 4 --recommended.steps 2"
 OWN = "--data.size 64 --run.steps 1 --run.batch 2"
 SMALL = {  # what is added to each command, by its module and recipe
+    "davae_core.training autoencoder sd3_vae_f16_redrawn": f"{STEPS.format(size=64)} --redraw.frozen fp32",
     "davae_core.training autoencoder sd3_vae_f16": STEPS.format(size=64),
     "davae_core.training adapter sd35m_1024": ADAPTER.format(size=64),
     "davae_core.training adapter sd35m_2048": ADAPTER.format(size=128),
+    "davae_core.training steps sd35m_fast": f"{STEPS.format(size=128)} --frozen fp32 --rank 4 --steps 2 --substeps 1",
     "davae_core.training latents": "--data.size 64",
     "davae_core.training predictor sd3_predictor": STEPS.format(size=64),
     "davae_core.training autoencoder flux_vae_f16": STEPS.format(size=64),

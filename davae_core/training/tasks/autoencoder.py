@@ -202,6 +202,11 @@ class Parts:
                     "--redraw.share draws over latents that an adapter was trained on, so they have to stay what they "
                     "are: give that DA-VAE as --start, and --freeze-detail"
                 )
+            if recipe.redraw.frozen == "bf16" and recipe.run.precision != "bf16":
+                raise DAVAEError(
+                    "a model held in bf16 needs a forward pass in bf16: give --run.precision bf16 too, or "
+                    "--redraw.frozen fp32"
+                )
             redrawing = Redrawing.read(recipe.redraw, checkpoints.load_autoencoder(recipe.start).latent)
         of: dict[Role, Identity] = {"base_vae": identity("base_vae", base.state_dict(), recipe.base.name)}
         if recipe.start is not None:

@@ -110,6 +110,7 @@ def test_a_decoder_is_trained_on_them_and_its_latents_stay(stages: Any, tmp_path
     ("more", "words"),
     [
         (["--no-freeze-detail"], "give that DA-VAE as --start, and --freeze-detail"),
+        (["--redraw.frozen", "bf16"], "give --run.precision bf16 too, or --redraw.frozen fp32"),
         (["--redraw.model", "None"], "give --redraw.model and --redraw.adapter"),
     ],
 )
