@@ -74,10 +74,17 @@ EVERYTHING = (
     "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "norm1.linear",
 )  # fmt: skip
 
+AT_ONCE: Changes = {"zero_init": False, "detail_warmup": 0}
+
 VARIANTS: tuple[Variant, ...] = (
     _adapter("paper", "zero-initialised, detail weight rising over a third of the steps, LoRA of the recipe's rank"),
     _adapter("no-zero-init", "new columns and rows drawn as wide as the pretrained ones", zero_init=False),
     _adapter("no-schedule", "detail weight 1 from the first step", detail_warmup=0),
+    _adapter("at-once", "both of these: the detail from the first step on", **AT_ONCE),
+    _adapter("at-once-every-layer", "the same, LoRA on every layer that can have one", **AT_ONCE, targets=EVERYTHING),
+    _adapter(
+        "at-once-fast", "the same, and twice the learning rate", **AT_ONCE, targets=EVERYTHING, optimiser__lr=1.2e-3
+    ),
     _adapter("base-ahead", "the detail's spread times 2: its times are shifted by 2", detail_factor=2.0),
     _adapter("base-ahead-no-schedule", "both of these", detail_factor=2.0, detail_warmup=0),
     _adapter("detail-ahead", "the detail's spread times 0.5", detail_factor=0.5),

@@ -23,6 +23,7 @@ from davae_core.training.stages import STAGES
 from davae_core.training.tasks import pieces
 from davae_core.training.tasks.adapter import AdapterRecipe
 from davae_core.training.tasks.autoencoder import AutoencoderRecipe
+from davae_core.training.tasks.few_steps import FewStepsRecipe
 from davae_core.training.tasks.predictor import PredictorRecipe
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +33,7 @@ FULL_SIZE = [
     f"{family}_{name}"
     for family in ("sd3", "flux")
     for name in ("vae_f16", "vae_f16_robust", "predictor", "tiny_decoder")
-] + ["sd35m_1024", "sd35m_2048"]
+] + ["sd3_vae_f16_redrawn", "sd35m_1024", "sd35m_2048", "sd35m_fast"]
 ONE_GPU = plan.PlanConfig(gpus=1, memory=24)
 
 
@@ -43,9 +44,10 @@ def known(name: str) -> Recipe:
 @cache
 def toy(stage: str) -> Recipe:
     """A full-size recipe for toy models, in fp32."""
-    recipe = known({"adapter": "sd35m_1024", "autoencoder": "sd3_vae_f16", "predictor": "sd3_predictor"}[stage])
+    names = {"adapter": "sd35m_1024", "steps": "sd35m_fast", "autoencoder": "sd3_vae_f16", "predictor": "sd3_predictor"}
+    recipe = known(names[stage])
     run = replace(recipe.run, precision="fp32")
-    if isinstance(recipe, AdapterRecipe):
+    if isinstance(recipe, AdapterRecipe | FewStepsRecipe):
         return replace(recipe, data=replace(recipe.data, size=384), run=run, rank=32, frozen="fp32")
     assert isinstance(recipe, AutoencoderRecipe | PredictorRecipe)
     return replace(recipe, data=replace(recipe.data, size=192), run=run, gradient_checkpointing=False)
@@ -88,7 +90,9 @@ def take_for_real(stage: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the memory of a process")
-@pytest.mark.parametrize("stage", [pytest.param("adapter", marks=pytest.mark.slow), "autoencoder", "predictor"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("adapter", marks=pytest.mark.slow), "steps", "autoencoder", "predictor"]
+)
 def test_real_phases_take_the_memory_that_is_counted(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", f"import test_planning; test_planning.take_for_real({stage!r})"]
     # What is freed goes back to the system at once.
@@ -114,6 +118,12 @@ def test_all_phases_of_a_recipe_fit_24_gb_with_a_tenth_left_free(name: str) -> N
     assert {"step", "sheet", "export"} <= counted.peaks.keys()
     assert 0.5e9 < counted.held < min(counted.peaks.values())
     assert counted.most <= 0.9 * 24e9
+
+
+def test_few_steps_are_taught_on_16_gb_by_three_models_too() -> None:
+    recipe = replace(known("sd35m_fast"), method="distribution")
+    counted = plan.on_one(recipe, 1, ONE_GPU, only_step=True)
+    assert counted.peaks["step"] <= 0.9 * 16e9
 
 
 def test_without_recomputation_a_predictor_does_not_fit_24_gb() -> None:
