@@ -162,7 +162,7 @@ def few_steps_recipe(size: str) -> few_steps.FewStepsRecipe:
     last = finished_adapter_recipe(size)
     return few_steps.FewStepsRecipe(
         data=DataConfig(_images(size, "train", "other"), size=SIZES[size], workers=0),
-        run=RunConfig(folder(size, "few_steps"), steps=3000, batch=32),
+        run=RunConfig(folder(size, "few_steps"), steps=1500, batch=32),
         model=last.model,
         adapter=folder(size, "adapter_finish") / tiny.ADAPTER,
         autoencoder=folder(size, "autoencoder_redrawn") / tiny.AUTOENCODER,

@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from davae_core import images, tiny
 from davae_core.checkpoints import load_tiny_decoder
 from davae_core.evaluation import decoding, generate
-from davae_core.evaluation.family import Family, load_family
+from davae_core.evaluation.family import Family, FamilyFiles, load_family
 from davae_core.evaluation.recall import choose, draw, judge
 from davae_core.evaluation.reconstruction import available_metrics
-from davae_core.evaluation.references import References, split
+from davae_core.evaluation.references import References, load_references, split
 
 CPU = torch.device("cpu")
 
@@ -35,6 +35,22 @@ def test_it_composes_four_captions_it_was_not_trained_on(shipped: Family, refere
     pictures = draw(shipped, "adapted", prompts, 0, generate.adapted_sampling(shipped), 4)
     verdicts = judge(pictures, [prompt.caption for prompt in prompts], references)
     assert sum(verdict.name for verdict in verdicts) >= 3, verdicts
+
+
+def test_four_steps_of_its_few_step_lora_are_as_near_to_the_pictures_as_thirty(shipped: Family) -> None:
+    """As they must be, and nearer to the guided drawing than four steps of the adapted model alone."""
+    fast = load_family(FamilyFiles(few_steps=tiny.FOLDERS["loras"] / tiny.FEW_STEPS))
+    how = generate.adapted_sampling(fast)
+    assert (how.steps, how.cfg) == (4, 1.0)
+    references = load_references()
+    prompts = choose(references, 5, captions=8, held_out=4)
+    guided = generate.adapted_latents(shipped, prompts, 0, generate.adapted_sampling(shipped))
+    few = generate.adapted_latents(fast, prompts, 0, how)
+    verdicts = judge(fast.davae.decode(few[:8]).clamp(-1, 1), [prompt.caption for prompt in prompts[:8]], references)
+    assert sum(verdict.top1 for verdict in verdicts) >= 7, verdicts
+    alone = generate.adapted_latents(shipped, prompts, 0, how)
+    away = [float((z - guided).square().mean()) for z in (few, alone)]
+    assert away[0] < 0.8 * away[1], away
 
 
 def test_its_tiny_decoder_is_near_its_joint_decoder_and_much_smaller(shipped: Family) -> None:
