@@ -143,8 +143,8 @@ def redrawn_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
     return replace(
         robust,
         data=replace(robust.data, images=_images(size, "train"), flip=False),
-        run=RunConfig(folder(size, "autoencoder_redrawn"), steps=1800, batch=4, seed=4),
-        losses=replace(robust.losses, gradient=1.5),
+        run=RunConfig(folder(size, "autoencoder_redrawn"), steps=1600, batch=4, seed=4),
+        losses=replace(robust.losses, gradient=0.5, perceptual=1.75),
         start=folder(size, "autoencoder_robust") / tiny.AUTOENCODER,
         redraw=RedrawConfig(
             share=0.7,

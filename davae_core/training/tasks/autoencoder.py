@@ -86,7 +86,8 @@ class AutoencoderRecipe:
     """Most noise that is added to base and detail before decoding, in standard deviations of each channel; its level is
     drawn for each sample from 0 to this. A decoder that has seen none paints a sampler's errors as spots."""
     redraw: RedrawConfig = RedrawConfig()
-    """Latents that the adapted model has drawn over: what the decoder will be given."""
+    """Latents that the adapted model has drawn over: what the decoder will be given. The others are noised as
+    `latent_noise` says."""
     detail_dropout: float = 0.1
     """Share of samples whose whole detail latent is set to zero before decoding."""
 
@@ -124,10 +125,10 @@ class AutoencoderPhase(Phase):
         z_detail = sampled(moments, draws.normal("latent", z_base.new_empty(moments.chunk(2, dim=1)[0].shape)))
         kept = (draws.uniform("detail") >= recipe.detail_dropout).to(z_detail).view(-1, 1, 1, 1)
         z = torch.cat([z_base, z_detail * kept], dim=1)
-        (redrawing,) = self._redrawing
+        given, (redrawing,) = self.disturbed(z, draws), self._redrawing
         if redrawing is not None:
-            z = redrawing(z, batch["caption"], draws)
-        y = model.decode(self.disturbed(z, draws))
+            given = redrawing(z, given, batch["caption"], draws)
+        y = model.decode(given)
         losses = self.losses(x, y, moments)
         critic = self._critic[0]
         if critic is not None and step >= recipe.critic.start:

@@ -94,12 +94,13 @@ class Redrawing:
             self.text.to(device)
 
     @torch.no_grad()
-    def __call__(self, z: torch.Tensor, captions: Sequence[str], draws: Draws) -> torch.Tensor:
-        """Latents ``[B, C + D, h, w]`` in the autoencoder's units, some of them drawn over."""
+    def __call__(self, z: torch.Tensor, others: torch.Tensor, captions: Sequence[str], draws: Draws) -> torch.Tensor:
+        """Latents ``[B, C + D, h, w]`` in the autoencoder's units: some of ``z`` drawn over, in place of the rest
+        ``others``."""
         config, x = self.config, self.units.normalise(z.float())
         chosen = (draws.uniform("redraws") < config.share).to(z.device)
         if not chosen.any():
-            return z
+            return others
         t = config.earliest + (config.latest - config.earliest) * draws.uniform("time").to(x)
         y = flow.add_noise(x, draws.normal("redrawn", x), t)
         even = t / (self.shift - (self.shift - 1) * t)  # the time before the shift
@@ -112,7 +113,7 @@ class Redrawing:
         for i in range(config.steps):
             now, after = (flow.shift_time(even * (1 - j / config.steps), self.shift) for j in (i, i + 1))
             y = y + (after - now).view(-1, 1, 1, 1) * guided(y, now)
-        return torch.where(chosen.view(-1, 1, 1, 1), self.units.denormalise(y).to(z), z)
+        return torch.where(chosen.view(-1, 1, 1, 1), self.units.denormalise(y).to(others), others)
 
 
 def built(state: dict[str, torch.Tensor], frozen: str) -> MMDiT:

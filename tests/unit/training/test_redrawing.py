@@ -41,14 +41,14 @@ def z() -> torch.Tensor:
 
 def redrawn(config: RedrawConfig, z: torch.Tensor, step: int = 0, **changes: Any) -> torch.Tensor:
     drawing = Redrawing.read(replace(config, **changes), FAMILY.latent)
-    return drawing(z, CAPTIONS, Draws(5, step, torch.arange(4)))
+    return drawing(z, z + 1, CAPTIONS, Draws(5, step, torch.arange(4)))
 
 
 def test_it_is_what_a_sampler_makes_of_the_noised_latent(config: RedrawConfig, z: torch.Tensor) -> None:
     """From a time of 2/3, which with a shift of 2 is half way."""
     drawing = Redrawing.read(replace(config, earliest=2 / 3, latest=2 / 3, steps=3), FAMILY.latent)
     draws, spec = Draws(5, 0, torch.arange(4)), FAMILY.latent
-    found = drawing(z, CAPTIONS, draws)
+    found = drawing(z, z + 1, CAPTIONS, draws)
     x = spec.normalise(z)
     begun = flow.add_noise(x, draws.normal("redrawn", x), torch.full((4,), 2 / 3))
     asked, empty = (encode(drawing.text, some, torch.device("cpu")) for some in (CAPTIONS, [""] * 4))
@@ -68,13 +68,13 @@ def test_little_noise_leaves_the_latent_and_all_of_it_makes_another(config: Redr
     assert away[0] < 1e-4 < away[1] < away[2]
 
 
-def test_a_share_of_the_samples_is_drawn_over_and_the_rest_is_the_same_to_the_bit(
+def test_a_share_of_the_samples_is_drawn_over_and_the_others_take_the_place_of_the_rest(
     config: RedrawConfig, z: torch.Tensor
 ) -> None:
     kept = [
         bool(torch.equal(one, other))
         for step in range(16)
-        for one, other in zip(redrawn(config, z, step, share=0.5), z, strict=True)
+        for one, other in zip(redrawn(config, z, step, share=0.5), z + 1, strict=True)
     ]
     assert 16 < sum(kept) < 48
 
