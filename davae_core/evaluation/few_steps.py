@@ -14,7 +14,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ EXPLAINED = (
 )
 
 
+@dataclass(frozen=True)
 class Way:
     """One way of drawing.
 
@@ -65,8 +66,9 @@ class Way:
         sampling: how.
     """
 
-    def __init__(self, name: str, family: Family, sampling: Sampling) -> None:
-        self.name, self.family, self.sampling = name, family, sampling
+    name: str
+    family: Family
+    sampling: Sampling
 
 
 def ways_of(plain: Family, fast: Family, steps: Sequence[int]) -> list[Way]:

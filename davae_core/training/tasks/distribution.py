@@ -11,32 +11,33 @@ from torch import nn
 from ... import flow
 from ..data.draws import Draws
 from ..objective import FlowConfig, noised
-from ..run.task import Batch, Losses, Phase
-from .rollout import STUDENT, Point, Rollout
+from ..run.task import Batch, Losses
+from .rollout import STUDENT, LoraPhase, Point, Rollout
 
 FAKE = "fake"
 Drawn = dict[int, tuple[torch.Tensor, Point]]
 
 
-class DistributionPhase(Phase):
-    """The student.
+class _Scored(LoraPhase):
+    """One of the two players.
 
     Args:
-        rollout: draws.
-        factors: what is trained.
-        seed: random seed.
-        times: at which the scores are compared.
-        drawn: gets what the student has drawn, by micro-batch, for :class:`FakePhase`.
+        rollout, factors, seed: see there.
+        times: at which the scores are compared, and the third model learns.
+        drawn: what the student has drawn in this step, by micro-batch; it goes from one player to the other.
     """
 
     def __init__(self, rollout: Rollout, factors: nn.ParameterDict, seed: int, times: FlowConfig, drawn: Drawn) -> None:
-        super().__init__()
-        self.factors, self.seed, self.times, self.drawn = factors, seed, times, drawn
-        self._rollout = (rollout,)  # in a tuple: the frozen model is no part of what is trained
+        super().__init__(rollout, factors, seed)
+        self.times, self.drawn = times, drawn
+
+
+class DistributionPhase(_Scored):
+    """The student."""
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
-        (rollout,) = self._rollout
+        rollout = self.rollout
         model, draws = rollout.model, Draws(self.seed, step, batch["position"])
         point = rollout.begin(batch, draws)
         model.use(STUDENT)
@@ -55,21 +56,12 @@ class DistributionPhase(Phase):
         return {"loss": loss, "apart": (fake - real).square().mean()}
 
 
-class FakePhase(Phase):
-    """The model of the student's pictures: flow matching on what the student has just drawn.
-
-    Args:
-        rollout, factors, seed, times, drawn: as for :class:`DistributionPhase`.
-    """
-
-    def __init__(self, rollout: Rollout, factors: nn.ParameterDict, seed: int, times: FlowConfig, drawn: Drawn) -> None:
-        super().__init__()
-        self.factors, self.seed, self.times, self.drawn = factors, seed, times, drawn
-        self._rollout = (rollout,)
+class FakePhase(_Scored):
+    """The model of the student's pictures: flow matching on what the student has just drawn."""
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
-        model = self._rollout[0].model
+        model = self.rollout.model
         x0, point = self.drawn.pop(batch["micro"])
         seen = noised(x0, Draws(self.seed + 2, step, batch["position"]), self.times)
         model.use(FAKE)

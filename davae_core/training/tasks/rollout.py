@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ... import flow
 from ...embeddings import Embeddings, Encoded
 from ...prompts import encode
 from ...text_encoder import TextEncoder
 from ..data.draws import Draws
-from ..run.task import Batch
+from ..run.task import Batch, Phase
 from .few_step_model import TEACHER, FewStepModel
 
 STUDENT = "student"
@@ -86,3 +87,23 @@ class Rollout:
             now, after = fine[here], fine[here + 1]
             x = x + (after - now).view(-1, 1, 1, 1) * self.teacher(x, now, point)
         return x
+
+
+class LoraPhase(Phase):
+    """A phase that trains one LoRA of the model.
+
+    Args:
+        rollout: draws.
+        factors: what is trained.
+        seed: random seed.
+    """
+
+    def __init__(self, rollout: Rollout, factors: nn.ParameterDict, seed: int) -> None:
+        super().__init__()
+        self.factors, self.seed = factors, seed
+        self._rollout = (rollout,)  # in a tuple: the frozen model is no part of what is trained
+
+    @property
+    def rollout(self) -> Rollout:
+        """What draws."""
+        return self._rollout[0]

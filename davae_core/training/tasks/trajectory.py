@@ -7,28 +7,26 @@ wrong. Sources: progressive distillation (arXiv 2202.00512), guidance folded int
 from torch import nn
 
 from ..data.draws import Draws
-from ..run.task import Batch, Losses, Phase
-from .rollout import STUDENT, Rollout
+from ..run.task import Batch, Losses
+from .rollout import STUDENT, LoraPhase, Rollout
 
 
-class TrajectoryPhase(Phase):
+class TrajectoryPhase(LoraPhase):
     """Squared error between the velocity of a step and that which would lead to the teacher's end of it.
 
     Args:
-        rollout: draws.
-        factors: what is trained.
-        seed: random seed.
+        rollout, factors, seed: see there.
         substeps: the teacher's steps for one of the student's.
+        channels: of the base, for the log.
     """
 
     def __init__(self, rollout: Rollout, factors: nn.ParameterDict, seed: int, substeps: int, channels: int) -> None:
-        super().__init__()
-        self.factors, self.seed, self.substeps, self.channels = factors, seed, substeps, channels
-        self._rollout = (rollout,)  # in a tuple: the frozen model is no part of what is trained
+        super().__init__(rollout, factors, seed)
+        self.substeps, self.channels = substeps, channels
 
     def forward(self, batch: Batch, step: int) -> Losses:
         """See :class:`Phase`."""
-        (rollout,) = self._rollout
+        rollout = self.rollout
         point = rollout.begin(batch, Draws(self.seed, step, batch["position"]))
         end = rollout.solved(point, self.substeps)
         wanted = (end - point.x) / (point.after - point.now).view(-1, 1, 1, 1)
