@@ -44,7 +44,7 @@ class BuildConfig:
     """What to build."""
 
     size: Literal["micro", "tiny"] = "tiny"
-    """micro: 128 px images from 16 tokens, 9 hours on two CPU cores. tiny: 256 px images from 64 tokens, a night."""
+    """micro: 128 px images from 16 tokens, 10 hours on two CPU cores. tiny: 256 px images from 64 tokens, a night."""
     install: bool = True
     """Replace the weights in davae_core/tiny, and the pictures that recall is measured against, at the end."""
 
