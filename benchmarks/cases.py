@@ -206,7 +206,7 @@ def _few_steps() -> Iterator[Case]:
                     Side("DA-VAE decode", size, route),
                     Side("tiny decode", size),
                 ),
-                rounds=3,
+                rounds=3 if size <= 1024 else 1,
                 sums={
                     "native, 30 steps with guidance, decode": {0: 30, 2: 1},
                     "adapted, 4 steps without, decode": {1: 4, 3: 1},
