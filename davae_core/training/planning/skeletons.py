@@ -18,11 +18,12 @@ from ...mmdit import MMDiT, MMDiTConfig
 from ...perceptual import perceptual_shape
 from ..run.launch import Images
 from ..tasks import adapter, autoencoder, few_steps, predictor, tiny_decoder
+from ..tasks.adapted import frozen_model
 from ..tasks.adapter import AdapterRecipe, AdapterTask
 from ..tasks.autoencoder import AutoencoderRecipe, AutoencoderTask
 from ..tasks.few_steps import FewStepsRecipe, FewStepsTask
 from ..tasks.predictor import PredictorRecipe, PredictorTask
-from ..tasks.redrawing import RedrawConfig, Redrawing, built
+from ..tasks.redrawing import RedrawConfig, Redrawing
 from ..tasks.tiny_decoder import TinyDecoderRecipe, TinyDecoderTask
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -104,7 +105,8 @@ def redrawing(config: RedrawConfig, shape: MMDiTConfig, text: int) -> Redrawing:
     """An adapted model that draws over latents; each of its steps takes the same memory."""
     spec = LatentSpec()
     adapter = AdapterConfig(spec, shape.hidden, shape.patch, Recommended(shift=4.0, cfg=2.5))
-    return Redrawing(config, built(stored(widened(shape)), config.frozen), adapter, Prompts(text, shape))
+    dtype = torch.bfloat16 if config.frozen == "bf16" else torch.float32
+    return Redrawing(config, frozen_model(stored(widened(shape)), dtype), adapter, Prompts(text, shape))
 
 
 def widened(shape: MMDiTConfig) -> MMDiTConfig:

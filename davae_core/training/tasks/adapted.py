@@ -1,5 +1,6 @@
 """A pretrained model with an adapter in it, of which only the adapter is trained."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -96,6 +97,15 @@ class AdaptedModel(nn.Module):
             state[f"{PREFIX}{HEAD}detail.{part}"] = rows[:, channels:].flatten(0, 1)
             state[f"{PREFIX}{HEAD}delta.{part}"] = rows[:, :channels].flatten(0, 1) - start[f"{HEAD}{part}"]
         return Adapter(config, state | lora.tensors(self.places))
+
+
+def frozen_model(state: Mapping[str, torch.Tensor], frozen: torch.dtype) -> MMDiT:
+    """A diffusion model that is not trained, on tensors of its own; ``frozen`` is the dtype of its matrices."""
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig.from_state_dict(dict(state)))
+    held = {name: tensor.to(held_as(name, tensor, frozen), copy=True) for name, tensor in state.items()}
+    model.load_state_dict(held, assign=True)
+    return model.requires_grad_(False)
 
 
 def held_as(name: str, tensor: torch.Tensor, frozen: torch.dtype) -> torch.dtype:

@@ -9,9 +9,8 @@ from torch import nn
 from ...adapter import zero_adapter
 from ...few_steps import FewStepLora
 from ...latent import LatentSpec
-from ...mmdit import MMDiT, MMDiTConfig
 from . import lora
-from .adapted import held_as
+from .adapted import frozen_model
 from .lora import LoraLinear
 from .recompute import recompute
 
@@ -43,13 +42,8 @@ class FewStepModel(nn.Module):
         frozen: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        config = MMDiTConfig.from_state_dict(dict(adapted))
-        with torch.device("meta"):
-            self.mmdit = MMDiT(config)
-        state = {name: tensor.to(held_as(name, tensor, frozen), copy=True) for name, tensor in adapted.items()}
-        self.mmdit.load_state_dict(state, assign=True)
-        self.mmdit.requires_grad_(False)
-        base = replace(config, in_channels=latent.base_channels, out_channels=latent.base_channels)
+        self.mmdit = frozen_model(adapted, frozen)
+        base = replace(self.mmdit.config, in_channels=latent.base_channels, out_channels=latent.base_channels)
         generator = torch.Generator().manual_seed(seed)
         self.places: dict[str, dict[str, tuple[LoraLinear, str]]] = {}
         for name in names:

@@ -16,12 +16,12 @@ from ...adapter import AdapterConfig, merge
 from ...embeddings import Embeddings
 from ...errors import DAVAEError
 from ...latent import LatentSpec
-from ...mmdit import MMDiT, MMDiTConfig
+from ...mmdit import MMDiT
 from ...prompts import encode, source
 from ...text_encoder import TextEncoder
 from .. import pretrained
 from ..data.draws import Draws
-from .adapted import held_as, units
+from .adapted import frozen_model, units
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Redrawing:
     def __init__(
         self, config: RedrawConfig, model: MMDiT, adapter: AdapterConfig, text: TextEncoder | Embeddings
     ) -> None:
-        self.config, self.model, self.text = config, model.requires_grad_(False), text
+        self.config, self.model, self.text = config, model, text
         self.units, told = adapter.latent, adapter.recommended
         self.shift, self.cfg = told.shift or 1.0, told.cfg or 1.0
 
@@ -85,7 +85,12 @@ class Redrawing:
         adapter = checkpoints.load_adapter(config.adapter)
         require_same_latent(adapter.config, latent, config.adapter.name)
         state = merge(pretrained.diffusion_model(config.model), adapter)
-        return cls(config, built(state, config.frozen), adapter.config, text)
+        return cls(
+            config,
+            frozen_model(state, torch.bfloat16 if config.frozen == "bf16" else torch.float32),
+            adapter.config,
+            text,
+        )
 
     def to(self, device: torch.device) -> None:
         """Move the models."""
@@ -114,16 +119,6 @@ class Redrawing:
             now, after = (flow.shift_time(even * (1 - j / config.steps), self.shift) for j in (i, i + 1))
             y = y + (after - now).view(-1, 1, 1, 1) * guided(y, now)
         return torch.where(chosen.view(-1, 1, 1, 1), self.units.denormalise(y).to(others), others)
-
-
-def built(state: dict[str, torch.Tensor], frozen: str) -> MMDiT:
-    """A diffusion model to draw with, held as :attr:`RedrawConfig.frozen` says."""
-    dtype = torch.bfloat16 if frozen == "bf16" else torch.float32
-    with torch.device("meta"):
-        model = MMDiT(MMDiTConfig.from_state_dict(state))
-    held = {name: tensor.to(held_as(name, tensor, dtype), copy=True) for name, tensor in state.items()}
-    model.load_state_dict(held, assign=True)
-    return model.eval()
 
 
 def require_same_latent(adapter: AdapterConfig, latent: LatentSpec, file: str) -> None:
