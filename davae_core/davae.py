@@ -10,6 +10,7 @@ Source: arXiv 2603.22125 sec. 3.1 and the structure of the authors' SD3 release.
     decoder.*             the rest of an LDM-layout decoder
     base_decoder.*        optional: the base VAE's own decoder, for half-size previews
     base_post_quant_conv.*   beside it where the base VAE's layout has it
+    predictor.*           optional: what the detail is expected to be (:mod:`.predictor`); the latent holds the rest
 """
 
 import math
@@ -33,11 +34,13 @@ from .autoencoder import (
 from .bases import normalisation_by_shape
 from .errors import CheckpointError, DAVAEError, LatentError
 from .latent import LatentSpec
+from .predictor import DetailPredictor, PredictorConfig
 from .shapes import dims
 from .strips import Strips
 
 DEFAULT_ROWS = 64
 FEWEST_ROWS = 16  # where even strips of the default height do not fit into memory
+PREDICTOR = "predictor."  # in front of the names of a predictor inside
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,15 @@ class DAVAEConfig:
         latent: channels, scale and normalisation of the latent.
         shared_trunk: the detail branch uses the base encoder's trunk (the SD3 recipe) and has none of its own.
         base_decoder: the base VAE's decoder is part of the model.
+        predictor_width, predictor_blocks: shape of the predictor inside; 0 for none.
     """
 
     base: AutoencoderConfig = AutoencoderConfig()
     latent: LatentSpec = LatentSpec()
     shared_trunk: bool = True
     base_decoder: bool = False
+    predictor_width: int = 0
+    predictor_blocks: int = 0
 
     def __post_init__(self) -> None:
         if self.latent.base_channels != self.base.latent_channels or self.latent.base_factor != self.base.factor:
@@ -77,6 +83,7 @@ class DAVAEConfig:
         except CheckpointError as problem:
             raise CheckpointError(f"not a DA-VAE: {problem}") from problem
         shift, scale = normalisation_by_shape(base)
+        expected = _predictor_config(state)
         latent = LatentSpec(
             base_channels=base.latent_channels,
             detail_channels=up[1] - base.latent_channels,
@@ -90,7 +97,15 @@ class DAVAEConfig:
             latent=latent,
             shared_trunk=not any(name.startswith("detail_trunk.") for name in state),
             base_decoder="base_decoder.conv_in.weight" in state,
+            predictor_width=expected.width if expected else 0,
+            predictor_blocks=expected.blocks if expected else 0,
         )
+
+
+def _predictor_config(state: Mapping[str, torch.Tensor]) -> PredictorConfig | None:
+    """The shape of the predictor inside a DA-VAE; None where there is none."""
+    inner = {name.removeprefix(PREDICTOR): tensor for name, tensor in state.items() if name.startswith(PREDICTOR)}
+    return PredictorConfig.from_state_dict(inner) if inner else None
 
 
 class DownBlock(nn.Module):
@@ -148,6 +163,8 @@ class DAVAE(nn.Module):
     """Image ``[B, 3, H, W]`` in [-1, 1] to latent ``[B, C + D, H/(f s), W/(f s)]`` and back; H, W multiples of f s.
 
     Latents are in the autoencoder's units: the first C channels are exactly the base VAE's latent of the 1/s image.
+    With a predictor inside, the others hold what it does not expect: the detail less its prediction from the base,
+    which decoding adds again. Zeros are then the predicted detail.
     """
 
     def __init__(self, config: DAVAEConfig) -> None:
@@ -162,6 +179,10 @@ class DAVAE(nn.Module):
         self.decoder = DecoderTrunk(base)
         self.base_decoder = Decoder(base) if config.base_decoder else None
         self.base_post_quant_conv = post_quant_conv(base) if config.base_decoder else None
+        self.predictor: DetailPredictor | None = None
+        if config.predictor_width:
+            shape = PredictorConfig(latent, config.predictor_width, config.predictor_blocks)
+            self.predictor = DetailPredictor(shape)
 
     @property
     def latent(self) -> LatentSpec:
@@ -177,6 +198,42 @@ class DAVAE(nn.Module):
         """Store the units that the decoder and the diffusion model see the base latent in; see :class:`LatentSpec`."""
         latent = replace(self.latent, base_shift=shift, base_scale=scale)
         self.config = replace(self.config, latent=latent)
+
+    @torch.no_grad()
+    def set_predictor(self, predictor: DetailPredictor) -> None:
+        """Put a copy of a predictor inside, which expects the detail of this DA-VAE; it is not trained from here on.
+
+        From now on latents hold other numbers, so the statistics of the detail are to be measured anew.
+
+        Raises:
+            DAVAEError: there is one already, or it is for latents of another shape.
+        """
+        spec, told = self.latent, predictor.latent
+        if self.predictor is not None:
+            raise DAVAEError("this DA-VAE has a predictor inside already")
+        if (told.base_channels, told.detail_channels) != (spec.base_channels, spec.detail_channels):
+            raise DAVAEError(
+                f"the predictor is for {told.base_channels} + {told.detail_channels} channels, this DA-VAE has "
+                f"{spec.base_channels} + {spec.detail_channels}; give the one that was trained with it"
+            )
+        shape = predictor.config
+        inner = DetailPredictor(replace(shape, latent=spec))
+        inner.load_state_dict(predictor.state_dict())
+        last = inner.conv_out.state_dict()  # to the autoencoder's units
+        std, mean = (last["bias"].new_tensor(values) for values in (told.detail_std, told.detail_mean))
+        last["weight"].mul_(std.view(-1, 1, 1, 1))
+        last["bias"].mul_(std).add_(mean)
+        self.predictor = inner.requires_grad_(False)
+        self.config = replace(self.config, predictor_width=shape.width, predictor_blocks=shape.blocks)
+
+    def residual(self, z_base: torch.Tensor, z_detail: torch.Tensor) -> torch.Tensor:
+        """The detail ``[B, D, h, w]`` as a latent with the base ``z_base [B, C, h, w]`` holds it."""
+        return z_detail if self.predictor is None else z_detail - self._expected(z_base).to(z_detail)
+
+    def _expected(self, z_base: torch.Tensor) -> torch.Tensor:
+        """What the predictor inside expects of the detail, ``[B, D, h, w]`` in the autoencoder's units."""
+        assert self.predictor is not None
+        return self.predictor(self.latent.normalise_base(z_base).to(self.predictor.conv_in.weight.dtype))
 
     def encode(
         self, x: torch.Tensor, generator: torch.Generator | None = None, z_base: torch.Tensor | None = None
@@ -223,7 +280,8 @@ class DAVAE(nn.Module):
 
         Args:
             z: ``[B, C + D, h, w]``.
-            detail_strength: factor on the detail channels; 0 = base only, 1 = as trained.
+            detail_strength: factor on the detail channels; 0 = base only (and what a predictor inside makes of it), 1 =
+                as trained.
 
         Returns:
             ``[B, 3, f s h, f s w]``, about [-1, 1] and not clamped.
@@ -306,12 +364,16 @@ class DAVAE(nn.Module):
                 f"the base latent has shape {list(z_base.shape)}, but the image needs {list(expected)}: it must be the "
                 f"ordinary latent of the same image at 1/{self.latent.scale} of the size"
             )
-        return torch.cat([z_base.to(z_detail), z_detail], dim=1)
+        z_base = z_base.to(z_detail)
+        return torch.cat([z_base, self.residual(z_base, z_detail)], dim=1)
 
     def _decoder_input(self, z: torch.Tensor, detail_strength: float) -> torch.Tensor:
         """The decoder sees the base channels in the base VAE's normalised units (as in the authors' release)."""
         z_base, z_detail = self.latent.split(z)
-        return torch.cat([self.latent.normalise_base(z_base), z_detail * detail_strength], dim=1)
+        z_detail = z_detail * detail_strength
+        if self.predictor is not None:
+            z_detail = z_detail + self._expected(z_base).to(z_detail)
+        return torch.cat([self.latent.normalise_base(z_base), z_detail], dim=1)
 
     def _check_image(self, x: torch.Tensor) -> None:
         factor = self.latent.factor

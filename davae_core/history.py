@@ -51,10 +51,11 @@ _ADAPTED_MODEL = (
     "final_layer.linear.weight",
     "final_layer.linear.bias",
 )
+_PREDICTOR = tuple(f"predictor.{name}" for name in ("conv_in.weight", "conv_out.weight", "conv_out.bias"))
 NAMES: Mapping[str, tuple[str, ...]] = {
     "adapted_model": _ADAPTED_MODEL,
     "base_vae": _BASE_VAE,
-    "davae": (*_BASE_VAE, *_DETAIL),
+    "davae": (*_BASE_VAE, *_DETAIL, *_PREDICTOR),
     "base_model": _BASE_MODEL,
 }
 
@@ -103,7 +104,8 @@ def fingerprint(role: Role, state: Mapping[str, torch.Tensor]) -> Fingerprint:
 
     Args:
         role: ``base_vae`` (its encoder, which makes the latents; a finetuned decoder is the same base), ``davae`` (its
-            encoders, for the same reason), ``base_model`` or ``adapted_model`` (the embedder and the head).
+            encoders and the predictor inside, for the same reason), ``base_model`` or ``adapted_model`` (the embedder
+            and the head).
         state: native names, without a prefix. A DA-VAE's tensors serve for its base VAE, too. A lazy mapping is read
             only where it is needed.
 
@@ -141,9 +143,12 @@ class Likeness:
 
 
 def compare(one: Fingerprint, other: Fingerprint) -> Likeness:
-    """How much alike two models are, over the tensors that both fingerprints hold."""
+    """How much alike two models are, over the tensors that both fingerprints hold; a predictor that only one of two
+    DA-VAEs has inside makes another latent."""
     common = [name for name in one if name in other and len(one[name]) == len(other[name])]
-    return Likeness(sum(_differ(one[name], other[name]) for name in common), len(common))
+    differing = [name for name in common if _differ(one[name], other[name])]
+    lonely = [name for name in one.keys() ^ other.keys() if name in _PREDICTOR] if len(common) >= ENOUGH else []
+    return Likeness(len(differing) + len(lonely), len(common) + len(lonely))
 
 
 def _differ(one: Iterable[float], other: Iterable[float]) -> bool:

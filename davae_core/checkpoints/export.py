@@ -5,7 +5,8 @@
     autoencoder           base_vae/      AutoencoderKL: the base VAE as it was
                           detail_vae/    AutoencoderKL: the detail trunk, and the joint decoder without its first layer;
                                          its encoder.conv_out and decoder.conv_in are those of the base VAE, not used
-                          davae_blocks.safetensors   dc_down.*, dc_up.*: what lies between those two and the latent
+                          davae_blocks.safetensors   dc_down.*, dc_up.*: what lies between those two and the latent;
+                                         predictor.* of a DA-VAE with a predictor inside
     adapter               pytorch_lora_weights.safetensors   for SD3Transformer2DModel.load_lora_adapter
                           davae_embedder_head.safetensors    P', O' and the changes of P and O
     few-step LoRA         pytorch_lora_weights.safetensors   for the same, on a merged model
@@ -24,7 +25,7 @@ import torch
 
 from ..adapter import Adapter, Recommended
 from ..autoencoder import AutoencoderConfig, DecoderTrunk
-from ..davae import DAVAE
+from ..davae import DAVAE, PREDICTOR
 from ..errors import CheckpointError
 from ..few_steps import FewStepLora
 from ..history import History
@@ -107,7 +108,7 @@ def autoencoder(folder: Path, model: DAVAE, file: str, base: Tensors | None = No
     shown = reference.decode_features(theirs, h)
     difference = max(difference, verify.same(f"the image of {file}", trunk.trunk(h), shown))
     _component(folder / "detail_vae", theirs, vae_json(model.config.base, units))
-    blocks = below("detail_down.", "dc_down.") | below("joint_up.", "dc_up.")
+    blocks = below("detail_down.", "dc_down.") | below("joint_up.", "dc_up.") | below(PREDICTOR, PREDICTOR)
     files.save(folder / "davae_blocks.safetensors", blocks, {})
     latent(folder, model.latent, Recommended())
     return difference

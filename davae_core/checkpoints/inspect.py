@@ -76,6 +76,8 @@ def _config(opened: Opened) -> dict[str, Any] | None:
         if kind == "autoencoder":
             found = DAVAEConfig.from_state_dict(meta)
             shape = {"base": asdict(found.base), "shared_trunk": found.shared_trunk, "base_decoder": found.base_decoder}
+            if found.predictor_width:
+                shape["predictor"] = {"width": found.predictor_width, "blocks": found.predictor_blocks}
             return shape | told
         if kind == "predictor":
             predictor = PredictorConfig.from_state_dict(meta)

@@ -13,20 +13,21 @@ TOOLS = {
     "text": "Compute the text embeddings of all captions once.",
     "latents": "Compute the latents of all images once.",
     "plan": "Print what a training costs.",
+    "residual": "Put a predictor inside a DA-VAE.",
     "ablate": "Compare variants of the method.",
 }
 
 
 def commands() -> dict[str, tuple[str, Callable[[list[str]], int]]]:
     """What can be run, by name: a line about it, and its function. The first call imports PyTorch."""
-    from . import export, stages
+    from . import export, residual, stages
     from .ablation import bench
     from .data import stored_latents
     from .planning import plan
     from .text import encode
 
     mains = {"export": export.main, "text": encode.main, "latents": stored_latents.main, "plan": plan.main}
-    mains |= {"ablate": bench.main}
+    mains |= {"residual": residual.main, "ablate": bench.main}
     return {
         **{name: (stage.about.splitlines()[0], partial(stages.run, name)) for name, stage in stages.STAGES.items()},
         **{name: (about, mains[name]) for name, about in TOOLS.items()},

@@ -78,7 +78,7 @@ def _write(
     heartbeat.at("reading the list of images")
     found = collect(recipe.data, multiple, recipe.run.out)
     heartbeat.at("loading the models")
-    task = build(recipe, partial(measured, recipe, multiple, device, found))
+    task = build(recipe, partial(measured, recipe.data, recipe.run.seed, multiple, device, found))
     task.to(device)
     heartbeat.at(f"reading the state of step {saved.step}")
     tensors = states.load(state).tensors

@@ -38,9 +38,15 @@ def predict_detail(davae: AutoencoderHandle, name: str, z_base: torch.Tensor) ->
 
     Raises:
         CheckpointError: the file is missing or cannot be read.
-        LatentError: it predicts the detail of another kind of latent, or the latent is not of C channels.
+        LatentError: it predicts the detail of another kind of latent, the DA-VAE predicts its detail itself, or the
+            latent is not of C channels.
     """
     z = with_zero_detail(z_base, davae.latent)
+    if davae.model.predictor is not None:
+        raise LatentError(
+            f"the DA-VAE {davae.name} has a predictor inside, which expects the detail of any base by itself: leave "
+            "this node out, and put Base to DA-VAE Latent in its place"
+        )
     patcher = _patcher(davae, name)
     model: DetailPredictor = patcher.model
     require_same_latent(model.latent, davae.latent, name, davae.name)

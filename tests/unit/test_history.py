@@ -29,6 +29,7 @@ from davae_core.errors import CheckpointError
 from davae_core.history import ENOUGH, NAMES, History, compare, fingerprint, identity, mismatch
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT
+from davae_core.predictor import DetailPredictor, PredictorConfig
 
 MakeMMDiT = Callable[..., MMDiT]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -209,7 +210,9 @@ def test_every_name_is_one_of_the_layout(mmdit: MMDiT, make_davae: Callable[...,
         model = set(MMDiT(config).state_dict())
     assert set(NAMES["base_model"]) <= model
     wide = AutoencoderConfig(widths=(32,) * 5, blocks=1, quant_conv=True)
-    davae = make_davae(base=wide, shared_trunk=False, detail=48).state_dict()
+    inside = make_davae(base=wide, shared_trunk=False, detail=48)
+    inside.set_predictor(DetailPredictor(PredictorConfig(inside.latent, width=32, blocks=1)))
+    davae = inside.state_dict()
     ours = {name.replace("base_encoder.", "encoder.").replace("base_quant", "quant") for name in davae}
     never = {name for name in NAMES["davae"] if name not in ours}
     assert never <= {"detail_down.shortcut.weight", "detail_trunk.conv_out.weight", "detail_trunk.conv_out.bias"}

@@ -12,7 +12,9 @@ OUT/table.md for people, OUT/table.json with everything.
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def bench(config: BenchConfig) -> int:
     if not config.table:
         config.out.mkdir(parents=True, exist_ok=True)
         if any(variant.group == "adapter" for variant in variants):
-            _alone(config, trainings.prepare_latents)
+            _alone(config, partial(trainings.prepare, config, variants))
         pictures = Pictures.read(config.images, trainings.side(config), config.captions, config.held_out)
         for seed in config.seeds:  # a seed of everything first, so that there is soon a whole table
             for variant in variants:
@@ -64,12 +66,12 @@ def quick(config: BenchConfig) -> BenchConfig:
     )
 
 
-def _alone(config: BenchConfig, do: Any) -> None:
+def _alone(config: BenchConfig, do: Callable[[], None]) -> None:
     """Do something that a second bench in the folder must not do at once; it waits."""
     while True:
         with holding(config.out / ".lock") as free:
             if free:
-                do(config)
+                do()
                 return
         print("another process prepares the latents; waiting", flush=True)
         time.sleep(4)
@@ -97,7 +99,7 @@ def _run(config: BenchConfig, variant: Variant, seed: int, pictures: Pictures) -
 
 def _measured(config: BenchConfig, variant: Variant, seed: int, pictures: Pictures, out: Path) -> dict[str, Any]:
     """The curve of a variant, and what stage 1 reconstructs where it is trained."""
-    autoencoder, adapter = config.autoencoder, config.adapter
+    autoencoder, adapter = trainings.given(config, variant), config.adapter
     told: Figures = {}
     points = [trainings.Checkpoint(0, adapter)]
     if variant.group in ("latent", "decoder"):

@@ -16,6 +16,7 @@ FILES = {kind: folder / name for kind, folder, name in (
     ("text_encoder", tiny.FOLDERS["text_encoders"], tiny.TEXT_ENCODER),
     ("autoencoder", tiny.FOLDERS["vae"], tiny.AUTOENCODER),
     ("adapter", tiny.FOLDERS["loras"], tiny.ADAPTER),
+    ("predictor", tiny.FOLDERS["latent_upscale_models"], tiny.PREDICTOR),
 )}  # fmt: skip
 
 
@@ -63,6 +64,8 @@ class BenchConfig:
     """The DA-VAE of the adapter, decoder and sampling groups; its base VAE is that of the latent group."""
     adapter: Path = FILES["adapter"]
     """The adapter of the decoder and sampling groups."""
+    predictor: Path = FILES["predictor"]
+    """The predictor that variants of a residual detail put inside the DA-VAE."""
     precision: Precision = "auto"
     """Precision of the trainings, as --run.precision."""
     compile: bool = False

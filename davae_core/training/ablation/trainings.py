@@ -1,5 +1,6 @@
 """The trainings of a variant: changes of the tiny family's recipes, run by the same code as by hand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from ... import checkpoints, tiny
 from ...errors import DAVAEError
-from .. import stages
+from .. import residual, stages
 from ..data import stored_latents
 from ..run import folder
 from ..run.launch import launch
@@ -16,7 +17,7 @@ from .budget import BenchConfig
 from .variants import Changes, Variant
 
 RECIPES = "micro"  # of which the variants are changes
-LATENTS = "latents"  # of the given DA-VAE, computed once
+RESIDUAL = "residual.safetensors"  # the given DA-VAE with the given predictor inside
 
 
 class Stopped(Exception):
@@ -71,15 +72,15 @@ def stage_2(config: BenchConfig, variant: Variant, seed: int, out: Path, autoenc
         Stopped: by a signal.
     """
     recipe = stages.STAGES["adapter"].recipes[RECIPES][1]
-    given = autoencoder == config.autoencoder
+    stored = latents(config, autoencoder) if autoencoder == given(config, variant) else None
     steps = config.steps.adapter
     recipe = changed(recipe, {
         **_common(config, seed, out, steps, config.batch, ("train",)),
         "model": config.model,
         "text_encoder": config.text_encoder,
         "autoencoder": autoencoder,
-        "latents": config.out / LATENTS if given else None,
-        "keep_latents": not given,
+        "latents": stored,
+        "keep_latents": stored is None,
         "detail_warmup": steps // 3,
         "recommended.size": side(config),
         "run.compile": config.compile,
@@ -89,12 +90,30 @@ def stage_2(config: BenchConfig, variant: Variant, seed: int, out: Path, autoenc
     return _run("adapter", recipe, tiny.ADAPTER)
 
 
-def prepare_latents(config: BenchConfig) -> None:
-    """Compute the latents of the training pictures, or what is missing of them."""
+def prepare(config: BenchConfig, variants: Sequence[Variant]) -> None:
+    """Compute the latents of the training pictures that adapters are trained on, or what is missing of them, and before
+    that the DA-VAE with a predictor inside, where a variant asks for it."""
     adapter = stages.STAGES["adapter"].recipes[RECIPES][1]
     data = replace(adapter.data, images=(str(config.images / "train"),), size=side(config))
-    asked = stored_latents.LatentsConfig(data, config.autoencoder, config.out / LATENTS, dtype="fp32")
-    stored_latents.compute(asked)
+    for autoencoder in dict.fromkeys(given(config, variant) for variant in variants if variant.group == "adapter"):
+        if not autoencoder.is_file():
+            parts = [config.images / part for part in ("train", "other")]
+            everything = replace(data, images=tuple(str(part) for part in parts if part.is_dir()))
+            residual.write(
+                residual.ResidualConfig(everything, config.autoencoder, config.predictor, autoencoder, device="cpu")
+            )
+        asked = stored_latents.LatentsConfig(data, autoencoder, latents(config, autoencoder), dtype="fp32")
+        stored_latents.compute(asked)
+
+
+def given(config: BenchConfig, variant: Variant) -> Path:
+    """The DA-VAE that a variant begins with."""
+    return config.out / RESIDUAL if variant.residual else config.autoencoder
+
+
+def latents(config: BenchConfig, autoencoder: Path) -> Path:
+    """Where the latents of a DA-VAE that variants begin with are."""
+    return config.out / ("latents_residual" if autoencoder == config.out / RESIDUAL else "latents")
 
 
 def side(config: BenchConfig) -> int:

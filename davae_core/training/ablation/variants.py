@@ -33,6 +33,7 @@ class Variant:
         about: what it is, for people.
         autoencoder, adapter: settings of the stage's recipe by dotted name.
         sampling: fields of :class:`~davae_core.sampling.Sampling`.
+        residual: with the given predictor inside the given DA-VAE.
     """
 
     group: str
@@ -41,6 +42,7 @@ class Variant:
     autoencoder: Changes = field(default_factory=dict)
     adapter: Changes = field(default_factory=dict)
     sampling: Changes = field(default_factory=dict)
+    residual: bool = False
 
     @property
     def key(self) -> str:
@@ -50,6 +52,10 @@ class Variant:
 
 def _adapter(name: str, about: str, **changes: Any) -> Variant:
     return Variant("adapter", name, about, adapter=_dotted(changes))
+
+
+def _residual(name: str, about: str, **changes: Any) -> Variant:
+    return Variant("adapter", name, about, adapter=_dotted(changes), residual=True)
 
 
 def _latent(name: str, about: str, **changes: Any) -> Variant:
@@ -85,6 +91,9 @@ VARIANTS: tuple[Variant, ...] = (
     _adapter(
         "at-once-fast", "the same, and twice the learning rate", **AT_ONCE, targets=EVERYTHING, optimiser__lr=1.2e-3
     ),
+    _residual("residual", "the latent holds what a predictor does not expect of the detail"),
+    _residual("residual-no-schedule", "the same, detail weight 1 from the first step", detail_warmup=0),
+    _residual("residual-at-once", "the same, new columns and rows drawn as wide as the pretrained ones", **AT_ONCE),
     _adapter("base-ahead", "the detail's spread times 2: its times are shifted by 2", detail_factor=2.0),
     _adapter("base-ahead-no-schedule", "both of these", detail_factor=2.0, detail_warmup=0),
     _adapter("detail-ahead", "the detail's spread times 0.5", detail_factor=0.5),

@@ -127,7 +127,7 @@ def _train(
     if saved is not None:  # before models are loaded
         resume.changes(saved, config.flat(recipe), about.origins, run)
     heartbeat.at("loading the models")
-    task = build(recipe, partial(measured, recipe, multiple, accelerator.device, found))
+    task = build(recipe, partial(measured, recipe.data, run.seed, multiple, accelerator.device, found))
     held = partial(
         dataset.held_out,
         recipe.data,
@@ -158,13 +158,15 @@ def _train(
     return loop.train(task, config.flat(recipe), run, recipe.optimiser, accelerator, batches, about, validation, begun)
 
 
-def measured(recipe: Recipe, multiple: int, device: torch.device, found: Collection) -> Iterator[torch.Tensor]:
-    """Images ``[B, 3, H, W]`` of a recipe to measure statistics on, always the same; few are taken 4 times."""
+def measured(
+    data: DataConfig, seed: int, multiple: int, device: torch.device, found: Collection
+) -> Iterator[torch.Tensor]:
+    """Images ``[B, 3, H, W]`` to measure statistics on, the same for a seed; few are taken 4 times."""
     enough = SURVEY_PASSES * math.ceil(len(found.sources) / SURVEY_BATCH)
     for batch in dataset.loader(
-        recipe.data,
+        data,
         batch=SURVEY_BATCH,
-        seed=recipe.run.seed,
+        seed=seed,
         multiple=multiple,
         steps=min(SURVEY_STEPS, enough),
         collection=found,

@@ -123,6 +123,7 @@ class AutoencoderPhase(Phase):
         moments = self.moments(x)
         draws = Draws(recipe.run.seed, step, batch["position"])
         z_detail = sampled(moments, draws.normal("latent", z_base.new_empty(moments.chunk(2, dim=1)[0].shape)))
+        z_detail = model.residual(z_base, z_detail)
         kept = (draws.uniform("detail") >= recipe.detail_dropout).to(z_detail).view(-1, 1, 1, 1)
         z = torch.cat([z_base, z_detail * kept], dim=1)
         given, (redrawing,) = self.disturbed(z, draws), self._redrawing

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,13 +51,20 @@ def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bo
 
 def start_from(model: DAVAE, path: Path, family: Base) -> None:
     """Give ``model`` the weights of a trained DA-VAE, and the units of the base latent that these were trained in; the
-    base VAE's weights stay its own.
+    base VAE's weights stay its own. A predictor inside comes along, and is not trained.
 
     Raises:
         CheckpointError: the file is no DA-VAE.
         DAVAEError: it is a DA-VAE of another shape, on another base VAE, or in the units of another than ``family``.
     """
     trained = checkpoints.load_autoencoder(path, torch.float32)
+    if trained.predictor is not None:
+        model.config = replace(
+            model.config,
+            predictor_width=trained.config.predictor_width,
+            predictor_blocks=trained.config.predictor_blocks,
+        )
+        model.predictor = trained.predictor.requires_grad_(False)
     own, new = model.state_dict(), trained.state_dict()
     if trained.base_decoder is None:
         new |= {name: tensor for name, tensor in own.items() if name.startswith(("base_decoder.", "base_post_"))}

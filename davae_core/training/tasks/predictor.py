@@ -126,6 +126,11 @@ class Parts:
     def read(cls, recipe: PredictorRecipe) -> "Parts":
         """Out of the recipe's files."""
         davae = checkpoints.load_autoencoder(recipe.autoencoder, torch.float32)
+        if davae.predictor is not None:
+            raise DAVAEError(
+                f"{recipe.autoencoder.name} has a predictor inside: its latent holds what that does not expect, and "
+                "another would have nothing to tell; give the DA-VAE it was made from"
+            )
         if recipe.family:
             check_family(davae.latent, bases.base_of(davae.config.base, recipe.family), recipe.autoencoder.name)
         of: dict[Role, Identity] = {"davae": identity("davae", davae.state_dict(), recipe.autoencoder.name)}

@@ -35,6 +35,7 @@ def test_the_variants_of_a_group_are_different_recipes(group: str) -> None:
             trainings.changed(first, v.autoencoder),
             trainings.changed(second, v.adapter),
             replace(Sampling(2.5, 2.5), **v.sampling),
+            v.residual,
         )
         for v in VARIANTS
         if v.group == group
