@@ -29,6 +29,7 @@ from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.training import stages
 from davae_core.training.data.stored_latents import LatentsConfig
 from davae_core.training.planning.plan import PlanConfig
+from davae_core.training.residual import ResidualConfig
 from davae_core.training.run.config import from_command_line
 from davae_core.training.text.encode import TextConfig
 from harness import sd35, warm
@@ -47,6 +48,7 @@ SMALL = {  # what is added to each command, by its module and recipe
     "davae_core.training adapter sd35m_2048": ADAPTER.format(size=128),
     "davae_core.training steps sd35m_fast": f"{STEPS.format(size=128)} --frozen fp32 --rank 4 --steps 2 --substeps 1",
     "davae_core.training latents": "--data.size 64",
+    "davae_core.training residual": "--data.size 64",
     "davae_core.training predictor sd3_predictor": STEPS.format(size=64),
     "davae_core.training autoencoder flux_vae_f16": STEPS.format(size=64),
     "davae_core.training predictor flux_predictor": STEPS.format(size=64),
@@ -73,7 +75,7 @@ before += ["--main_process_port", os.environ["FREE_PORT"]]
 after += small[" ".join([module, *after[:2]])].split()
 os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", *before, "-m", module, *after])
 """
-TOOLS = {"text": TextConfig, "latents": LatentsConfig, "plan": PlanConfig}
+TOOLS = {"text": TextConfig, "latents": LatentsConfig, "residual": ResidualConfig, "plan": PlanConfig}
 ALONE = {"CUDA_VISIBLE_DEVICES": ""}
 PIP = f"""#!{sys.executable}
 import importlib.metadata, sys

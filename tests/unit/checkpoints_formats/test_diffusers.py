@@ -21,11 +21,12 @@ from davae_core.checkpoints import (
     save_autoencoder,
     save_merged,
 )
-from davae_core.davae import DAVAE
+from davae_core.davae import DAVAE, PREDICTOR
 from davae_core.errors import CheckpointError
 from davae_core.latent import LatentSpec
 from davae_core.lora import LORA_MODULES
 from davae_core.mmdit import MMDiT, MMDiTConfig
+from davae_core.predictor import DetailPredictor, PredictorConfig
 
 SPEC = LatentSpec(detail_mean=tuple(0.1 * i for i in range(16)), detail_std=tuple(1 + 0.1 * i for i in range(16)))
 TOY = MMDiTConfig(hidden=128, depth=3, grid=8, context=48, pooled=40, dual_attention=(0,))
@@ -203,11 +204,15 @@ def native_layers() -> tuple[str, ...]:
     return ("x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias")
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("shared", "inside"), [(True, False), (False, False), (True, True)])
 def test_an_autoencoder_runs_by_diffusers_encoder_and_decoder(
-    tmp_path: Path, run, make_davae: Callable[..., DAVAE], shared: bool
+    tmp_path: Path, run, make_davae: Callable[..., DAVAE], shared: bool, inside: bool
 ) -> None:
     model = make_davae(shared_trunk=shared, base_decoder=True)
+    if inside:
+        predictor = DetailPredictor(PredictorConfig(model.latent, width=64, blocks=1))
+        torch.nn.init.normal_(predictor.conv_out.weight, std=0.1)
+        model.set_predictor(predictor)
     save_autoencoder(tmp_path / "a.safetensors", model)
     run(tmp_path / "a.safetensors", tmp_path / "d", "--to", "diffusers")
     detail = AutoencoderKL.from_pretrained(tmp_path / "d" / "detail_vae")
@@ -218,7 +223,13 @@ def test_an_autoencoder_runs_by_diffusers_encoder_and_decoder(
     z = model.encode(x)
     assert torch.allclose(latent, z[:, :16], atol=1e-4)
     assert torch.allclose(small.decode(latent).sample, model.decode_base(latent), atol=1e-4)
-    y = torch.cat([(z[:, :16] - 0.0609) * 1.5305, z[:, 16:]], dim=1)
+    base, z_detail = (z[:, :16] - 0.0609) * 1.5305, z[:, 16:]
+    if inside:
+        own = {name.removeprefix(PREDICTOR): t for name, t in blocks.items() if name.startswith(PREDICTOR)}
+        expecting = DetailPredictor(PredictorConfig.from_state_dict(own))
+        expecting.load_state_dict(own)
+        z_detail = z_detail + expecting(base)
+    y = torch.cat([base, z_detail], dim=1)
     h = torch.nn.functional.conv2d(y, blocks["dc_up.conv.weight"], blocks["dc_up.conv.bias"], padding=1)
     h = torch.nn.functional.pixel_shuffle(h + y.repeat_interleave(h.shape[1] // 32, dim=1), 2)
     h = detail.decoder.mid_block(h)
