@@ -61,7 +61,7 @@ class BenchConfig:
     text_encoder: Path = FILES["text_encoder"]
     """Its text encoder."""
     autoencoder: Path = FILES["autoencoder"]
-    """The DA-VAE of the adapter, decoder and sampling groups; its base VAE is that of the latent group."""
+    """The DA-VAE of the adapter, decoder and sampling groups; the latent group has its base VAE and its decoder."""
     adapter: Path = FILES["adapter"]
     """The adapter of the decoder and sampling groups."""
     predictor: Path = FILES["predictor"]

@@ -47,7 +47,7 @@ def changed(recipe: Any, changes: Changes) -> Any:
 
 
 def stage_1(config: BenchConfig, variant: Variant, seed: int, out: Path) -> list[Checkpoint]:
-    """Train a DA-VAE from the base VAE, or the decoder of the given one alone.
+    """Train a DA-VAE with a new detail branch from the given one's decoder, or that decoder alone.
 
     Raises:
         Stopped: by a signal.
@@ -59,6 +59,7 @@ def stage_1(config: BenchConfig, variant: Variant, seed: int, out: Path) -> list
         **_common(config, seed, out, steps, config.latent_batch, ("train", "other")),
         "base": config.autoencoder,
         "start": config.autoencoder if alone else None,
+        "decoder": None if alone else config.autoencoder,
         "run.keep_every": 0,
         **variant.autoencoder,
     })  # fmt: skip

@@ -3,7 +3,7 @@
 Groups start from the same files and have the same budget:
 
     adapter   an adapter from zero, on the DA-VAE that is given
-    latent    a DA-VAE from the base VAE, then an adapter from zero on it
+    latent    a new detail branch before the given DA-VAE's decoder, both trained; then an adapter from zero on it
     decoder   the given DA-VAE's decoder trained on, and decoding what the given adapter draws
     sampling  no training: the given family, sampled in another way
 """
@@ -17,7 +17,7 @@ from ...errors import DAVAEError
 Changes = Mapping[str, Any]
 ABOUT = {
     "adapter": "stage 2 from zero on the given DA-VAE",
-    "latent": "stage 1 from the base VAE, then stage 2 from zero on it",
+    "latent": "stage 1 with a new detail branch, from the given decoder; then stage 2 from zero on it",
     "decoder": "the decoder alone, trained on; the given adapter draws",
     "sampling": "the given family as it is",
 }

@@ -34,7 +34,7 @@ from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from . import pieces
-from .begin import Units, check_units, on_base, start_from
+from .begin import Units, check_units, decoder_from, on_base, start_from
 from .critic import CriticConfig, CriticPhase, PatchCritic, gradient_ratio
 from .recompute import blocks_of, recompute
 from .redrawing import RedrawConfig, Redrawing
@@ -65,6 +65,9 @@ class AutoencoderRecipe:
     SD3's, and SD1's and SDXL's cannot be told apart."""
     start: Path | None = None
     """DA-VAE file whose weights the run starts from, on the same base VAE; otherwise from the base VAE's own parts."""
+    decoder: Path | None = None
+    """DA-VAE file on the same base VAE whose decoder the run starts from, with a detail branch that is new: for another
+    number of detail channels or another alignment, in a part of the time."""
     optimiser: OptimiserConfig = OptimiserConfig(weight_decay=1e-4)
     losses: ReconstructionConfig = ReconstructionConfig(l1=2.0)
     alignment: AlignmentConfig = AlignmentConfig()
@@ -196,6 +199,8 @@ class Parts:
     @classmethod
     def read(cls, recipe: AutoencoderRecipe) -> "Parts":
         """Out of the recipe's files."""
+        if recipe.start is not None and recipe.decoder is not None:
+            raise DAVAEError("--start brings its own decoder along; leave one of --start and --decoder out")
         base = pretrained.base_vae(recipe.base)
         redrawing = None
         if recipe.redraw.share:
@@ -211,8 +216,8 @@ class Parts:
                 )
             redrawing = Redrawing.read(recipe.redraw, checkpoints.load_autoencoder(recipe.start).latent)
         of: dict[Role, Identity] = {"base_vae": identity("base_vae", base.state_dict(), recipe.base.name)}
-        if recipe.start is not None:
-            of["start"] = Identity(recipe.start.name)
+        if begun := recipe.start or recipe.decoder:
+            of["start"] = Identity(begun.name)
         return cls(base, pretrained.base_of_file(recipe.base, base.config, recipe.family), redrawing=redrawing, of=of)
 
 
@@ -237,6 +242,8 @@ class AutoencoderTask:
         start_certain(self.model.detail_down.conv)
         if recipe.start is not None:
             start_from(self.model, recipe.start, parts.family)
+        elif recipe.decoder is not None:
+            decoder_from(self.model, recipe.decoder, parts.family)
         if recipe.freeze_detail:
             freeze_detail(self.model, recipe)
         if recipe.gradient_checkpointing:

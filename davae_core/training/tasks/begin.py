@@ -72,12 +72,33 @@ def start_from(model: DAVAE, path: Path, family: Base) -> None:
         n for n in own.keys() | new.keys() if n not in own or n not in new or own[n].shape != new[n].shape
     ):
         raise DAVAEError(f"{path.name} is a DA-VAE of another shape than this recipe makes; it differs in {other[0]}")
-    if any(not torch.allclose(own[n], new[n], atol=2e-3, rtol=2e-3) for n in own if n.startswith("base_encoder.")):
-        raise DAVAEError(f"{path.name} was made on another base VAE than this recipe's; give the one it was made on")
+    _check_base(model, trained, path)
     check_family(trained.latent, family, path.name)
     model.load_state_dict({n: own[n] if n.startswith("base_") else new[n] for n in own})
     model.set_base_units(trained.latent.base_shift, trained.latent.base_scale)
     model.set_detail_statistics(trained.latent.detail_mean, trained.latent.detail_std)
+
+
+def decoder_from(model: DAVAE, path: Path, family: Base) -> None:
+    """Give ``model`` the decoder of a trained DA-VAE behind the first block, which goes with the detail and stays new.
+
+    Raises:
+        CheckpointError: the file is no DA-VAE.
+        DAVAEError: it is on another base VAE, or in the units of another than ``family``.
+    """
+    trained = checkpoints.load_autoencoder(path, torch.float32)
+    _check_base(model, trained, path)
+    check_family(trained.latent, family, path.name)
+    model.decoder.load_state_dict(trained.decoder.state_dict())
+    model.set_base_units(trained.latent.base_shift, trained.latent.base_scale)
+
+
+def _check_base(model: DAVAE, trained: DAVAE, path: Path) -> None:
+    """Raise DAVAEError unless two DA-VAEs stand on the same base VAE; ``path`` is the trained one's file."""
+    own, other = (one.base_encoder.state_dict() for one in (model, trained))
+    same = {name: tuple(tensor.shape) for name, tensor in own.items()} == {n: tuple(t.shape) for n, t in other.items()}
+    if not same or any(not torch.allclose(own[n], other[n], atol=2e-3, rtol=2e-3) for n in own):
+        raise DAVAEError(f"{path.name} was made on another base VAE than this recipe's; give the one it was made on")
 
 
 def check_family(latent: LatentSpec, family: Base, file: str, asked: str = "") -> None:

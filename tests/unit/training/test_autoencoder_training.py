@@ -198,6 +198,32 @@ def test_a_run_can_start_from_a_trained_da_vae(stages: Any, tmp_path: Path) -> N
     )
 
 
+def test_a_run_can_start_from_a_decoder_with_a_detail_branch_of_its_own(stages: Any, tmp_path: Path) -> None:
+    """Of another shape than the one that the decoder was trained with."""
+    more = ["--decoder", str(stages.file("autoencoder")), "--detail-channels", "32", "--optimiser.lr", "0"]
+    assert stages.run("autoencoder", tmp_path, 1, *more) == 0
+    one, other = (
+        checkpoints.load_autoencoder(folder / stages.exports["autoencoder"][0])
+        for folder in (stages.folder("autoencoder"), tmp_path)
+    )
+    assert (one.latent.detail_channels, other.latent.detail_channels) == (16, 32)
+    state, new = one.state_dict(), other.state_dict()
+    for name, tensor in state.items():
+        same = name in new and torch.equal(tensor, new[name])
+        assert same == (not name.startswith(("joint_up.", "detail_down."))), name
+
+
+def test_a_decoder_is_not_given_twice_and_not_of_another_base(stages: Any, tmp_path: Path) -> None:
+    own = str(stages.file("autoencoder"))
+    with pytest.raises(DAVAEError, match="leave one of --start and --decoder out"):
+        stages.run("autoencoder", tmp_path / "twice", 1, "--start", own, "--decoder", own)
+    more = ["--run.seed", "7", "--optimiser.lr", "0.01"]
+    assert stages.run("base_autoencoder", tmp_path / "base", 1, *more) == 0
+    other = tmp_path / "base" / stages.exports["base_autoencoder"][0]
+    with pytest.raises(DAVAEError, match="made on another base VAE"):
+        stages.run("autoencoder", tmp_path / "out", 1, "--decoder", own, "--base", str(other))
+
+
 def test_a_start_of_another_shape_is_refused(stages: Any, tmp_path: Path) -> None:
     with pytest.raises(DAVAEError, match=r"davae_tiny_autoencoder\.safetensors is a DA-VAE of another shape"):
         stages.run("autoencoder", tmp_path, 1, "--start", str(stages.file("autoencoder")), "--detail-channels", "32")
