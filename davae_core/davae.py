@@ -230,6 +230,13 @@ class DAVAE(nn.Module):
         """The detail ``[B, D, h, w]`` as a latent with the base ``z_base [B, C, h, w]`` holds it."""
         return z_detail if self.predictor is None else z_detail - self._expected(z_base).to(z_detail)
 
+    def whole_detail(self, z: torch.Tensor, detail_strength: float = 1.0) -> torch.Tensor:
+        """The detail ``[B, D, h, w]`` of a latent ``[B, C + D, h, w]`` as the encoder made it and the decoder wants it:
+        what the latent holds, times ``detail_strength``, and what a predictor inside expects of the base."""
+        z_base, z_detail = self.latent.split(z)
+        z_detail = z_detail * detail_strength
+        return z_detail if self.predictor is None else z_detail + self._expected(z_base).to(z_detail)
+
     def _expected(self, z_base: torch.Tensor) -> torch.Tensor:
         """What the predictor inside expects of the detail, ``[B, D, h, w]`` in the autoencoder's units."""
         assert self.predictor is not None
@@ -369,11 +376,8 @@ class DAVAE(nn.Module):
 
     def _decoder_input(self, z: torch.Tensor, detail_strength: float) -> torch.Tensor:
         """The decoder sees the base channels in the base VAE's normalised units (as in the authors' release)."""
-        z_base, z_detail = self.latent.split(z)
-        z_detail = z_detail * detail_strength
-        if self.predictor is not None:
-            z_detail = z_detail + self._expected(z_base).to(z_detail)
-        return torch.cat([self.latent.normalise_base(z_base), z_detail], dim=1)
+        z_base, _ = self.latent.split(z)
+        return torch.cat([self.latent.normalise_base(z_base), self.whole_detail(z, detail_strength)], dim=1)
 
     def _check_image(self, x: torch.Tensor) -> None:
         factor = self.latent.factor

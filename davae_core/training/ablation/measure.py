@@ -66,11 +66,13 @@ def drawings(files: FamilyFiles, pictures: Pictures, seed: int, sampling: Change
     Returns:
         ``psnr``, ``st-lpips-alex``, ``mottle`` and its ratio to that of the reconstructions, ``off_white``;
         ``base_error`` and ``detail_error``: mean squared errors of the drawn latent, each channel in units of its
-        standard deviation, whatever the adapter's own units are.
+        standard deviation, whatever the adapter's own units are; the detail is the whole one, with what a predictor
+        inside the DA-VAE expects, in units of the pictures' own.
     """
     family = load_family(files)
     how = replace(generate.adapted_sampling(family), **sampling)
     lists: drawn.Lists = {}
+    details: list[tuple[torch.Tensor, torch.Tensor]] = []  # drawn, true
     for first in range(0, len(pictures.asked), BATCH):
         x = pictures.x[first : first + BATCH]
         z = _latents(family, pictures.asked[first : first + BATCH], seed, how)
@@ -79,11 +81,15 @@ def drawings(files: FamilyFiles, pictures: Pictures, seed: int, sampling: Change
         again = drawn.against(family.davae.decode(true).clamp(-1, 1), x, [])
         told["floor_mottle"] = again["mottle"]
         units = family.davae.latent
-        base, detail = units.split((units.normalise(z) - units.normalise(true)).square())
-        told |= {"base_error": base.mean((1, 2, 3)).tolist(), "detail_error": detail.mean((1, 2, 3)).tolist()}
+        base, _ = units.split((units.normalise(z) - units.normalise(true)).square())
+        told |= {"base_error": base.mean((1, 2, 3)).tolist()}
+        details.append((family.davae.whole_detail(z), family.davae.whole_detail(true)))
         for name, values in told.items():
             lists.setdefault(name, []).extend(values)
     figures = drawn.means(lists)
+    drawing, true = (torch.cat(parts) for parts in zip(*details, strict=True))
+    variance = true.var(dim=(0, 2, 3), correction=0).clamp(min=1e-12)
+    figures["detail_error"] = float(((drawing - true).square().mean(dim=(0, 2, 3)) / variance).mean())
     floor = figures.pop("floor_mottle")
     return figures | {"mottle_ratio": figures["mottle"] / floor if floor else float("nan")}
 
