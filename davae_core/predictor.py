@@ -6,6 +6,7 @@ Convolutions alone, so any size fits. State-dict names:
     conv_in.*, blocks.N.*, norm_out.*, conv_out.*    the layers of an LDM-layout residual network
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -116,3 +117,29 @@ class DetailPredictor(nn.Module):
         detail = self(base.to(weight.dtype)).float()
         whole = spec.denormalise(torch.cat([base, detail], dim=1)).to(z_base)
         return torch.cat([z_base, whole[:, spec.base_channels :]], dim=1)
+
+
+def require_same_latent(predictor: LatentSpec, davae: LatentSpec, file: str, davae_file: str) -> None:
+    """Raise LatentError unless a predictor speaks of latents of the shape and the base units of a DA-VAE's."""
+    shapes = [(spec.base_channels, spec.detail_channels, spec.factor) for spec in (predictor, davae)]
+    if shapes[0] != shapes[1]:
+        told = [f"{base} + {detail} channels at 1/{factor}" for base, detail, factor in shapes]
+        raise LatentError(
+            f"{file} predicts the detail of latents of {told[0]}, the DA-VAE {davae_file} has {told[1]}; choose the "
+            "predictor that was trained with this DA-VAE"
+        )
+    for one, other in ((predictor.base_shift, davae.base_shift), (predictor.base_scale, davae.base_scale)):
+        here, there = (torch.as_tensor(value, dtype=torch.float64) for value in (one, other))
+        if not bool(torch.isclose(here, there, rtol=1e-3, atol=1e-5).all()):
+            raise LatentError(
+                f"{file} predicts the detail of another family's latents (shift {_told(predictor.base_shift)}, scale "
+                f"{_told(predictor.base_scale)}), the DA-VAE {davae_file} stands on a base of shift "
+                f"{_told(davae.base_shift)}, scale {_told(davae.base_scale)}; choose the predictor that was trained "
+                "with this DA-VAE"
+            )
+
+
+def _told(value: float | tuple[float, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:g}, ..." if not math.isclose(min(value), max(value)) else f"{value[0]:g}"
+    return f"{value:g}"

@@ -27,7 +27,7 @@ from ..held_out import reconstruction_errors
 from ..latent import with_zero_detail
 from ..metrics import resize_bicubic
 from ..perceptual import PerceptualDistance
-from ..predictor import DetailPredictor
+from ..predictor import DetailPredictor, require_same_latent
 from ..sampling import Sampling
 from . import drawn, figures, generate, recall
 from . import family as families
@@ -166,13 +166,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     where = families.files_of(args)
     predictor = checkpoints.load_predictor(args.predictor, torch.float32).requires_grad_(False).to(device)
     davae = families.load_davae(where.autoencoder, device)
-    shapes = [(spec.base_channels, spec.detail_channels, spec.factor) for spec in (predictor.latent, davae.latent)]
-    if shapes[0] != shapes[1]:
+    if davae.predictor is not None:
         raise DAVAEError(
-            f"{args.predictor.name} predicts {shapes[0][1]} from {shapes[0][0]} channels at 1/{shapes[0][2]}, "
-            f"{where.autoencoder.name} has {shapes[1][0]} + {shapes[1][1]} at 1/{shapes[1][2]}; use files that belong "
-            "together"
+            f"{where.autoencoder.name} has a predictor inside and would add to what {args.predictor.name} predicts; "
+            "give the DA-VAE it was made from"
         )
+    require_same_latent(predictor.latent, davae.latent, args.predictor.name, where.autoencoder.name)
     metrics, lacking = available_metrics(device)
     batches = progress(read_batches(some, args.batch, device), len(some))
     held_out = reconstruction_errors(batches, lambda x: completed(davae, predictor, x), metrics)

@@ -21,7 +21,7 @@ from ..adapter import Recommended
 from ..davae import DAVAE
 from ..errors import DAVAEError
 from ..history import History, Identity, Role, mismatch
-from ..predictor import DetailPredictor
+from ..predictor import DetailPredictor, require_same_latent
 from .data import survey
 from .data.config import DataConfig
 from .objective import statistics
@@ -100,6 +100,7 @@ def write(config: ResidualConfig) -> Expected:
         raise DAVAEError(
             f"{config.predictor.name} was {words}: {config.autoencoder.name}; give the DA-VAE that it was trained with"
         )
+    require_same_latent(predictor.latent, davae.latent, config.predictor.name, config.autoencoder.name)
     of: dict[Role, Identity] = {"start": Identity(config.autoencoder.name)}
     found = survey.collect(config.data, davae.latent.factor)
     logger.info("%s", found.table)

@@ -1,16 +1,14 @@
 """Detail predictors under ComfyUI's memory management."""
 
-import math
-
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...davae_core import checkpoints
 from ...davae_core.errors import LatentError
-from ...davae_core.latent import LatentSpec, with_zero_detail
+from ...davae_core.latent import with_zero_detail
 from ...davae_core.memory import MARGIN
-from ...davae_core.predictor import DetailPredictor
+from ...davae_core.predictor import DetailPredictor, require_same_latent
 from .autoencoder import AutoencoderHandle, check_interrupt
 from .folders import file_stamp, require_file
 from .history import note_predictor
@@ -60,32 +58,6 @@ def predict_detail(davae: AutoencoderHandle, name: str, z_base: torch.Tensor) ->
         whole = model.complete(z_base[i : i + 1].to(patcher.load_device, torch.float32))
         z[i : i + 1, channels:] = whole[:, channels:].to(z)
     return z.to(management.intermediate_device(), intermediate_dtype())
-
-
-def require_same_latent(predictor: LatentSpec, davae: LatentSpec, file: str, davae_file: str) -> None:
-    """Raise LatentError unless a predictor speaks of latents of the shape and the base units of a DA-VAE's."""
-    shapes = [(spec.base_channels, spec.detail_channels, spec.factor) for spec in (predictor, davae)]
-    if shapes[0] != shapes[1]:
-        told = [f"{base} + {detail} channels at 1/{factor}" for base, detail, factor in shapes]
-        raise LatentError(
-            f"{file} predicts the detail of latents of {told[0]}, the DA-VAE {davae_file} has {told[1]}; choose the "
-            "predictor that was trained with this DA-VAE"
-        )
-    for one, other in ((predictor.base_shift, davae.base_shift), (predictor.base_scale, davae.base_scale)):
-        here, there = (torch.as_tensor(value, dtype=torch.float64) for value in (one, other))
-        if not bool(torch.isclose(here, there, rtol=1e-3, atol=1e-5).all()):
-            raise LatentError(
-                f"{file} predicts the detail of another family's latents (shift {_told(predictor.base_shift)}, scale "
-                f"{_told(predictor.base_scale)}), the DA-VAE {davae_file} stands on a base of shift "
-                f"{_told(davae.base_shift)}, scale {_told(davae.base_scale)}; choose the predictor that was trained "
-                "with this DA-VAE"
-            )
-
-
-def _told(value: float | tuple[float, ...]) -> str:
-    if isinstance(value, tuple):
-        return f"{value[0]:g}, ..." if not math.isclose(min(value), max(value)) else f"{value[0]:g}"
-    return f"{value:g}"
 
 
 def _patcher(davae: AutoencoderHandle, name: str) -> ModelPatcher:

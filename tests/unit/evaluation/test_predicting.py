@@ -88,7 +88,12 @@ def test_a_predictor_of_another_shape_and_a_denoise_out_of_range_are_refused(
     other = replace(untrained.latent, detail_channels=32, detail_mean=(), detail_std=())
     path = tmp_path / "other.safetensors"
     checkpoints.save_predictor(path, DetailPredictor(PredictorConfig(other, width=32, blocks=1)))
-    with pytest.raises(DAVAEError, match=r"other\.safetensors predicts 32 from 16 .* use files that belong together"):
+    with pytest.raises(DAVAEError, match=r"other\.safetensors predicts the detail of .* 16 \+ 32 .* choose the"):
         predicting.main(["--images", str(folder), "--predictor", str(path), *options])
+    inside = untrained.davae()
+    inside.set_predictor(untrained.predictor())
+    checkpoints.save_autoencoder(tmp_path / "inside.safetensors", inside)
+    with pytest.raises(DAVAEError, match=r"inside\.safetensors has a predictor inside"):
+        predicting.main(["--images", str(folder), *options, "--autoencoder", str(tmp_path / "inside.safetensors")])
     with pytest.raises(DAVAEError, match=r"--denoise is \[0.0\]; expected values above 0"):
         predicting.main(["--images", str(folder), "--denoise", "0"])

@@ -10,7 +10,9 @@ import torch
 from davae_core import checkpoints, tiny
 from davae_core.checkpoints import files
 from davae_core.davae import PREDICTOR
-from davae_core.errors import DAVAEError
+from davae_core.errors import DAVAEError, LatentError
+from davae_core.latent import LatentSpec
+from davae_core.predictor import DetailPredictor, PredictorConfig
 from davae_core.training import __main__ as entry
 from davae_core.training import residual
 from davae_core.training import stages as known
@@ -59,6 +61,11 @@ def test_what_does_not_belong_together_is_refused(stages: Any, predictor: Path, 
     config = DataConfig((str(stages.images),), size=32)
     with pytest.raises(DAVAEError, match=r"was trained on .*, this is another .*; give the DA-VAE that it was trained"):
         residual.write(residual.ResidualConfig(config, made, predictor, tmp_path / NAME))
+    other = DetailPredictor(PredictorConfig(LatentSpec(detail_channels=32), width=32, blocks=1))
+    checkpoints.save_predictor(tmp_path / "other.safetensors", other)
+    with pytest.raises(LatentError, match=r"other\.safetensors predicts the detail of latents of 16 \+ 32 channels"):
+        asked = residual.ResidualConfig(config, stages.file("autoencoder"), tmp_path / "other.safetensors", made)
+        residual.write(asked)
     state, _ = files.read(predictor)
     wild = checkpoints.load_predictor(predictor, torch.float32)
     wild.load_state_dict(state | {"conv_out.bias": state["conv_out.bias"] + torch.randn(16)})
