@@ -223,7 +223,7 @@ class DAVAE(nn.Module):
         std, mean = (last["bias"].new_tensor(values) for values in (told.detail_std, told.detail_mean))
         last["weight"].mul_(std.view(-1, 1, 1, 1))
         last["bias"].mul_(std).add_(mean)
-        self.predictor = inner.requires_grad_(False)
+        self.predictor = inner.requires_grad_(False).to(self.joint_up.conv.weight)  # its device and dtype
         self.config = replace(self.config, predictor_width=shape.width, predictor_blocks=shape.blocks)
 
     def residual(self, z_base: torch.Tensor, z_detail: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,15 @@ def test_a_second_one_and_one_of_another_shape_are_refused(
         make_davae(detail=32).set_predictor(predictor)
 
 
+@pytest.mark.parametrize("where", [torch.float16, "meta"])
+def test_it_goes_where_the_davae_is(make_davae: Callable[..., DAVAE], where: torch.dtype | str) -> None:
+    davae = make_davae().to(where)
+    davae.set_predictor(expecting(davae.latent))
+    assert {(t.device, t.dtype) for t in davae.parameters()} == {
+        (davae.joint_up.conv.bias.device, davae.joint_up.conv.bias.dtype)
+    }
+
+
 def test_files_of_the_one_are_known_not_to_be_of_the_other(pair: tuple[DAVAE, DAVAE, DetailPredictor]) -> None:
     """The encoders are the same, the latents are not."""
     plain, inside, _ = pair
