@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from davae_core.autoencoder import Autoencoder, AutoencoderConfig
-from davae_core.davae import DAVAE, DAVAEConfig, DownBlock, UpBlock
+from davae_core.davae import DAVAE, DAVAEConfig
 from davae_core.errors import CheckpointError, DAVAEError, LatentError
 from davae_core.latent import LatentSpec, with_base, with_zero_detail
+from davae_core.latent_blocks import DownBlock, UpBlock
 
 MakeDavae = Callable[..., DAVAE]
 Picture = Callable[..., torch.Tensor]

@@ -100,7 +100,7 @@ FREE |= {"gradient_checkpointing", "frozen", "file"}
 
 # Fields that name a file or folder, and those that name several with what holds for their images.
 PLACES = {"run.out", "run.prompts", "base", "model", "autoencoder", "adapter", "text_encoder", "embeddings", "latents"}
-PLACES |= {"start", "redraw.model", "redraw.adapter", "redraw.text_encoder", "redraw.embeddings"}
+PLACES |= {"start", "decoder", "redraw.model", "redraw.adapter", "redraw.text_encoder", "redraw.embeddings"}
 ENTRIES = {"data.images", "data.held_out"}
 
 
