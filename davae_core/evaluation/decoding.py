@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoints, command, images, sizes, tiny
+from .. import checkpoints, command, devices, images, sizes, tiny
 from ..davae import DAVAE
 from ..errors import DAVAEError
 from ..metrics import psnr
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     found = find_pictures(args.images)
     pictures = (found.held_out or found.training)[: args.limit]
-    device = figures.device(args.device)
+    device = devices.device(args.device)
     davae = load_davae(args.autoencoder, device)
     decoder = checkpoints.load_tiny_decoder(args.decoder, torch.float32).to(device)
     if words := mismatch(decoder.latent, davae.latent):

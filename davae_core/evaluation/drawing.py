@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .. import atomic, command
+from .. import atomic, command, devices
 from ..errors import DAVAEError
 from ..perceptual import PerceptualDistance
 from ..sampling import Sampling
@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Shown], list
     print(f"reading {len(found.training) + len(found.held_out)} pictures", flush=True)
     references = references_of(found)
     where = families.files_of(args)
-    family = load_family(where, figures.device(args.device))
+    family = load_family(where, devices.device(args.device))
     metrics, lacking = reconstruction.available_metrics(family.device)
     how = Samplings(generate.adapted_sampling(family, args.steps), Sampling(steps=args.steps or Sampling.steps))
     if args.cfg:

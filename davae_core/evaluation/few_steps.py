@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .. import atomic, command, tiny
+from .. import atomic, command, devices, tiny
 from ..errors import DAVAEError
 from ..perceptual import PerceptualDistance
 from ..sampling import Sampling
@@ -167,7 +167,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Shown]]:
     found = find_pictures(args.images, None)
     references = references_of(found)
     where = replace(families.files_of(args), few_steps=args.lora)
-    device = figures.device(args.device)
+    device = devices.device(args.device)
     fast, plain = load_family(where, device), load_family(replace(where, few_steps=None), device)
     steps = sorted({*args.steps, fast.recommended.steps})
     metrics, lacking = available_metrics(device)

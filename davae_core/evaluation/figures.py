@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from .. import atomic
-from ..errors import DAVAEError
 
 PACKAGES = ("torch", "numpy", "safetensors", "pillow", "stlpips_pytorch", "lpips")
 
@@ -116,21 +115,6 @@ def at_least(smallest: int) -> Callable[[str], int]:
         return value
 
     return read
-
-
-def device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        DAVAEError: there is none.
-    """
-    try:
-        found = torch.device(name)
-        torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as problem:
-        said = str(problem).splitlines()[0]
-        raise DAVAEError(f"cannot compute on the device {name!r} ({said}); use --device cpu") from problem
-    return found
 
 
 def seconds(work: Callable[[], object], on: torch.device) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .. import checkpoints, command, images, tiny
+from .. import checkpoints, command, devices, images, tiny
 from ..davae import DAVAE
 from ..errors import DAVAEError
 from ..held_out import reconstruction_errors
@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     found = find_pictures(args.images)
     some = (found.held_out or found.training)[: args.limit]
-    device = figures.device(args.device)
+    device = devices.device(args.device)
     where = families.files_of(args)
     predictor = checkpoints.load_predictor(args.predictor, torch.float32).requires_grad_(False).to(device)
     davae = families.load_davae(where.autoencoder, device)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 
-from .. import command, images
+from .. import command, devices, images
 from ..errors import DAVAEError
 from ..metrics import pooled_distance
 from ..sampling import Sampling
@@ -199,7 +199,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     references = references_of(find_pictures(args.images)) if args.images is not None else load_references()
     prompts = choose(references, args.every, args.captions, args.held_out)
     where = families.files_of(args)
-    family = load_family(where, figures.device(args.device))
+    family = load_family(where, devices.device(args.device))
     samplings = {"adapted": generate.adapted_sampling(family, args.steps), "base": Sampling(steps=args.steps)}
     models: dict[str, dict[str, Any]] = {}
     bounds: list[Bound] = []

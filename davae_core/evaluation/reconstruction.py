@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 
-from .. import command, images, sizes
+from .. import command, devices, images, sizes
 from ..davae import DAVAE
 from ..errors import DAVAEError
 from ..held_out import reconstruction_errors
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     start = time.monotonic()
     found = find_pictures(args.images)
     pictures = (found.held_out or found.training)[: args.limit]
-    device = figures.device(args.device)
+    device = devices.device(args.device)
     davae = load_davae(args.autoencoder, device)
     metrics, lacking = available_metrics(device)
     told = compare(davae, progress(read_batches(pictures, args.batch, device), len(pictures)), metrics)

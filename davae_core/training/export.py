@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from .. import devices
 from ..errors import CheckpointError, DAVAEError
 from . import stages
 from .data import survey
@@ -74,7 +75,7 @@ def _write(
     written: list[Path],
 ) -> int:
     """What :func:`davae_core.training.run.launch.launch` does, without training."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.device("auto")
     heartbeat.at("reading the list of images")
     found = collect(recipe.data, multiple, recipe.run.out)
     heartbeat.at("loading the models")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from .. import checkpoints
+from .. import checkpoints, devices
 from ..adapter import Recommended
 from ..davae import DAVAE
 from ..errors import DAVAEError
@@ -93,7 +93,7 @@ def write(config: ResidualConfig) -> Expected:
     Raises:
         DAVAEError: the two files do not belong together, or the images cannot be read.
     """
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.device(config.device)
     davae = checkpoints.load_autoencoder(config.autoencoder, torch.float32).requires_grad_(False).to(device)
     predictor = checkpoints.load_predictor(config.predictor, torch.float32).to(device)
     if words := mismatch(predictor.history, "davae", davae.state_dict()):

@@ -20,7 +20,7 @@ import tyro
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ... import atomic, checkpoints, records
+from ... import atomic, checkpoints, devices, records
 from ...checkpoints import foreign_json
 from ...davae import DAVAE
 from ...errors import DAVAEError
@@ -217,7 +217,7 @@ def encode_all(davae: DAVAE, found: Collection, out: Path, about: dict[str, Any]
 
 def compute(config: LatentsConfig) -> int:
     """Compute what is missing; returns how many were added."""
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.device(config.device)
     davae = checkpoints.load_autoencoder(config.autoencoder, torch.float32).requires_grad_(False).to(device)
     about = {"autoencoder": records.fingerprint([config.autoencoder]), "dtype": config.dtype, "keys": KEYS}
     found = survey.collect(config.data, davae.latent.factor * MMDiTConfig.patch)

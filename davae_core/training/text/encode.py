@@ -15,11 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 from tqdm import tqdm
 
-from ... import records
+from ... import devices, records
 from ...embeddings import KIND, key_of
 from ...errors import DAVAEError
 from ..data import sources
@@ -125,6 +124,7 @@ def run(config: TextConfig) -> int:
     Raises:
         DAVAEError: something is missing or cannot be used.
     """
+    device = devices.device(config.device)
     captions = captions_in(config.images)
     if config.prompts is not None:
         captions = list(dict.fromkeys([*captions, *(asked.prompt for asked in read_prompts(config.prompts))]))
@@ -140,7 +140,6 @@ def run(config: TextConfig) -> int:
     tokenizers = Tokenizers(words, t5=not config.without_t5)
     clip_l, clip_g = load_clip(places["clip_l"], "clip_l"), load_clip(places["clip_g"], "clip_g")
     t5 = load_t5(places["t5xxl"]) if "t5xxl" in places else None
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     for encoder in filter(None, (clip_l, clip_g, t5)):
         encoder.to(device)
     encoders = TextEncoders(tokenizers, clip_l, clip_g, t5)

@@ -182,11 +182,6 @@ def test_missing_weights_end_the_command_with_a_message(tmp_path: Path, capsys: 
     assert ended.value.code == 2 and "at least 1, got '0'" in capsys.readouterr().err
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(DAVAEError, match="cannot compute on the device 'abacus'"):
-        figures.device("abacus")
-
-
 def test_any_folder_of_captioned_pictures_gives_the_references(options: list[str], tmp_path: Path) -> None:
     for i, caption in enumerate(CAPTIONS):
         images.save_image(tmp_path / f"{i}.png", torch.rand(3, 64, 48) * 2 - 1)
