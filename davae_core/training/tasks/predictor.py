@@ -61,8 +61,11 @@ class PredictorRecipe:
     """Most noise that is added to the base, in standard deviations; its level is drawn for each sample from 0 to this.
     Drawn latents are not those of pictures."""
     vary: bool = False
-    """Turn and mirror the images and exchange their colours, chosen anew every time: for small sets, whose images
-    would be remembered instead."""
+    """Turn, mirror and move the images and exchange their colours: for small sets, whose images would be remembered
+    instead."""
+    variants: int = 0
+    """With --vary, how many variants an image has, itself among them, so that their latents can be kept; 0: another
+    every time."""
     keep_latents: bool = False
     """Keep the latents of all images in memory."""
     gradient_checkpointing: bool = False
@@ -92,7 +95,7 @@ class PredictorPhase(Phase):
         """See :class:`Phase`."""
         (davae,), recipe = self._davae, self.recipe
         draws = Draws(recipe.run.seed, step, batch["position"])
-        image = varied(batch["image"], draws) if recipe.vary else batch["image"]
+        image = varied(batch["image"], draws, recipe.variants) if recipe.vary else batch["image"]
         base, detail = davae.latent.split(self.latents(image))
         level = recipe.base_noise * draws.uniform("level").to(base).view(-1, 1, 1, 1)
         base = base + level * draws.normal("noise", base)

@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, fourteen trainings, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, thirteen trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -17,7 +17,7 @@ from ...evaluation.references import PICTURE, save_references
 from .. import stages
 from ..places import SIZES, folder
 from ..run.loop import FINISHED
-from . import data, install, references
+from . import data, install, more, references
 from .captions import load_captions
 
 # By folder: the stage, what follows the size in the recipe's name, and the file that is written last.
@@ -34,7 +34,6 @@ TRAININGS = {
     "few_steps": ("steps", "", tiny.FEW_STEPS),
     "tiny_decoder": ("tiny_decoder", "", tiny.DECODER),
     "predictor": ("predictor", "", tiny.PREDICTOR),
-    "predictor_vary": ("predictor", "-vary", tiny.PREDICTOR),
     "predictor_finish": ("predictor", "-finish", tiny.PREDICTOR),
 }
 
@@ -53,6 +52,7 @@ def build(config: BuildConfig) -> int:
     """Run what is not finished; returns the exit code of the first stage that does not finish."""
     images = folder(config.size, "data")
     data.prepare(data.DataConfig(out=images, size=SIZES[config.size]), load_captions(), data.ARCHIVES)
+    more.prepare(more.MoreConfig(images, SIZES[config.size]))
     for name, (stage, suffix, last_file) in TRAININGS.items():
         if (folder(config.size, name) / last_file).is_file():
             print(f"{name}: finished before", flush=True)

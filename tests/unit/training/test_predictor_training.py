@@ -16,7 +16,9 @@ from davae_core.training.run import state
 def run(stages: Any, out: Path, steps: int, *more: str) -> int:
     """Train on the toy pictures, in this process."""
     common = f"micro --data.images {stages.images} --data.size 32 --run.out {out} --run.steps {steps} --run.batch 4"
-    common += " --run.log-every 1 --run.sample-every 0 --optimiser.warmup 0 --optimiser.ema 0 --width 64 --blocks 1"
+    common += (
+        " --run.log-every 1 --run.sample-every 0 --optimiser.warmup 0 --optimiser.ema 0 --width 64 --blocks 1 --no-vary"
+    )
     given = f"--autoencoder {stages.file('autoencoder')} --run.precision fp32"
     return entry.run("predictor", [*common.split(), *given.split(), *more])
 
@@ -46,9 +48,13 @@ def test_the_picture_counts_where_it_is_asked_for(stages: Any, tmp_path: Path) -
     assert all("decoder" not in name for name in state.load(tmp_path).tensors)
 
 
-@pytest.mark.parametrize("vary", ["--no-vary", "--vary"])
+@pytest.mark.parametrize(
+    "vary",
+    ["--no-vary --no-keep-latents", "--vary --variants 0 --no-keep-latents", "--vary --variants 3 --keep-latents"],
+    ids=["plain", "other variants", "three variants, kept"],
+)
 def test_a_resumed_run_is_the_run(stages: Any, tmp_path: Path, vary: str) -> None:
-    more = ("--optimiser.schedule", "constant", vary, "--no-keep-latents")
+    more = ("--optimiser.schedule", "constant", *vary.split())
     assert run(stages, tmp_path / "whole", 4, *more) == 0
     assert run(stages, tmp_path / "cut", 2, *more) == 0
     assert run(stages, tmp_path / "cut", 4, *more, "--run.resume") == 0

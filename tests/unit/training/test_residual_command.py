@@ -23,7 +23,9 @@ NAME = "residual.safetensors"
 
 def train_predictor(stages: Any, out: Path, autoencoder: Path, steps: int = 60) -> Path:
     common = f"micro --data.images {stages.images} --data.size 32 --run.out {out} --run.steps {steps} --run.batch 4"
-    common += " --run.sample-every 0 --optimiser.warmup 0 --optimiser.ema 0 --width 64 --blocks 1 --base-noise 0"
+    common += (
+        " --run.sample-every 0 --optimiser.warmup 0 --optimiser.ema 0 --width 64 --blocks 1 --base-noise 0 --no-vary"
+    )
     given = f"--autoencoder {autoencoder} --run.precision fp32"
     assert known.run("predictor", [*common.split(), *given.split()]) == 0
     return out / tiny.PREDICTOR

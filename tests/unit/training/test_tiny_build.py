@@ -59,13 +59,12 @@ def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     sharpen, robust = recipes.sharpened_autoencoder_recipe(size), recipes.robust_autoencoder_recipe(size)
     last = recipes.finished_adapter_recipe(size)
     predictor, end = recipes.predictor_recipe(size), recipes.finished_predictor_recipe(size)
-    vary = recipes.varied_predictor_recipe(size)
     model, adapter = recipes.base_dit_recipe(size), recipes.adapter_recipe(size)
     left = {recipes.folder(size, stage) / file for stage, (*_, file) in build.TRAININGS.items()}
     left.add(recipes.folder(size, "base_dit") / tiny.MODEL)
     read = {model.autoencoder, davae.base, finish.base, finish.start, sharpen.base, sharpen.start}
     read |= {robust.base, robust.start, adapter.model, adapter.text_encoder, adapter.autoencoder, last.start}
-    read |= {predictor.autoencoder, end.autoencoder, end.start, vary.start}
+    read |= {predictor.autoencoder, end.autoencoder, end.start}
     decoder = recipes.tiny_decoder_recipe(size)
     redrawn, few = recipes.redrawn_autoencoder_recipe(size), recipes.few_steps_recipe(size)
     read |= {redrawn.start, redrawn.redraw.adapter, few.autoencoder, few.adapter, decoder.autoencoder}
@@ -90,7 +89,11 @@ def test_no_recipe_reads_a_held_out_image() -> None:
         recipes.TINY_DECODER,
     ):
         for _, recipe in of_stage.values():
-            assert {Path(entries.parse(images).place).name for images in recipe.data.images} <= {"train", "other"}
+            assert {Path(entries.parse(images).place).name for images in recipe.data.images} <= {
+                "train",
+                "other",
+                "more",
+            }
 
 
 def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
@@ -126,10 +129,11 @@ def test_building_a_finished_family_trains_nothing(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    monkeypatch.setattr(build.data, "prepare", lambda config, *_: asked.append(config))
+    for module in (build.data, build.more):
+        monkeypatch.setattr(module, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 14
-    assert [config.size for config in asked] == [128]
+    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 13
+    assert [(config.out.name, config.size) for config in asked] == 2 * [("data", 128)]
 
 
 def test_the_model_cards_picture_shows_what_the_shipped_family_draws(tmp_path: Path) -> None:

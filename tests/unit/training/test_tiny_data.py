@@ -6,7 +6,6 @@ import io
 import json
 import random
 import sys
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from davae_core.training.tiny.data import (
     plain_name,
     prepare,
 )
+from harness.archives import sha512, write_tgz
 
 # Label, code points and group as emojibase has them; what is drawn is a square of one colour for each style.
 EMOJI = [
@@ -51,14 +51,6 @@ CAPTIONS = Captions(
 )
 
 
-def write_tgz(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(f"package/{name}")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
 def webp(colour: str) -> bytes:
     """A square of 8 px in the middle of 16 transparent ones."""
     image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
@@ -66,10 +58,6 @@ def webp(colour: str) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "webp", lossless=True)
     return buffer.getvalue()
-
-
-def sha512(path: Path) -> str:
-    return base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
 
 
 @pytest.fixture
