@@ -13,9 +13,11 @@ class DataConfig:
     """Folders of images (png, jpg, webp, bmp, tiff, gif, avif; searched recursively) and WebDataset shards (.tar, with
     * and {000..012}). The caption of an image is in a .txt, .caption or .json (key "caption", text or list) of the same
     name. Settings of a folder follow after two colons each: "cats::repeats=3::prefix=a photo of::suffix=, film" goes
-    through cats three times an epoch and puts these words before and after its captions."""
+    through cats three times an epoch and puts these words before and after its captions; "cats::size=512" cuts its
+    images to that size, so that a model learns several: name a folder once for each."""
     size: int = 1024
-    """Side of the square that images are cut to; with buckets the square root of their area."""
+    """Side of the square that images are cut to; with buckets the square root of their area. The largest, where folders
+    have sizes of their own."""
     buckets: bool = False
     """Cut to about the image's own aspect ratio, from 1:2 to 2:1, instead of a square."""
     enlarge: bool = False

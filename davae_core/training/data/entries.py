@@ -24,6 +24,8 @@ class Entry:
     """What comes before every caption: a trigger word, or "a photo of". It is the whole caption where there is none."""
     suffix: str = ""
     """What comes after every caption, likewise."""
+    size: int = 0
+    """Side of the square that these images are cut to, or the root of their area, instead of --data.size; 0: that."""
 
     def captions(self, read: tuple[str, ...]) -> tuple[str, ...]:
         """Captions with what comes before and after them."""
@@ -57,10 +59,12 @@ def parse(text: str) -> Entry:
             entry = replace(entry, prefix=value.strip())
         elif name == "suffix":
             entry = replace(entry, suffix=value.strip())
-        elif value.strip().isdecimal() and int(value) > 0:
+        elif not value.strip().isdecimal() or not int(value):
+            raise DAVAEError(f"{text!r} (--data.images): {name} is a whole number of at least 1, got {value!r}")
+        elif name == "repeats":
             entry = replace(entry, repeats=int(value))
         else:
-            raise DAVAEError(f"{text!r} (--data.images): repeats is a whole number of at least 1, got {value!r}")
+            entry = replace(entry, size=int(value))
     return entry
 
 

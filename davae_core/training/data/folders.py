@@ -100,5 +100,6 @@ def _source(path: str, beside: dict[str, str], entry: Entry) -> tuple[Source, st
         captions=entry.captions(captions.texts),
         captioned=bool(captions.texts),
         repeats=entry.repeats,
+        side=entry.size,
     )
     return source, "", captions.encoding

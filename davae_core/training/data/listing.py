@@ -47,6 +47,8 @@ class Source:
     """Whether there is a caption of its own."""
     repeats: int = 1
     """How often an epoch goes through it."""
+    side: int = 0
+    """What its entry says of the size that it is cut to; 0: nothing."""
     size: tuple[int, int] = (0, 0)
     """Width and height as shown; (0, 0) before :func:`examined`."""
     identity: str = ""

@@ -54,6 +54,8 @@ def _prompts(places: Sequence[str], config: DataConfig, out: Path | None, listin
     found: list[Source] = []
     for text in places:
         entry = entries.parse(text)
+        if entry.size:
+            raise DAVAEError(f"{text!r} (--data.images): what is drawn has one size, --data.size; leave out size=")
         if entry.place.lower().endswith(ENDING):
             found += _lines(entry)
             continue

@@ -71,7 +71,7 @@ def listed(path: Path, entry: Entry, listing: Listing) -> None:
                     listing.note(f"caption in {read.encoding}", name)
                 texts, own = entry.captions(read.texts), bool(read.texts)
                 begin, length = image.offset_data, image.size
-                listing.sources.append(Source(name, str(path), begin, length, texts, own, entry.repeats))
+                listing.sources.append(Source(name, str(path), begin, length, texts, own, entry.repeats, entry.size))
             _leave_others_out(path, {names[key, suffix]: suffix for suffix in sample}, listing)
 
 

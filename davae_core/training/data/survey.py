@@ -96,13 +96,13 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
     Raises:
         DAVAEError: a place has no images, none can be trained on, or more than ``max_broken`` cannot be read.
     """
-    shapes = cutting.shapes(config.size, multiple, config.buckets)
     listing = find(config.images, out)
     readable, aside = _readable(listing), []
     if config.held_folders:
         apart = find(config.held_folders, out)
         aside = _readable(apart)
         listing.add(apart)
+    shapes, of_side = _shapes(config, multiple, {source.side for source in [*readable, *aside]})
     named = {source.name for source in [*readable, *aside]} | listing.unreadable.keys()
     table = Table(len(named), noted=listing.noted)
     _check_readable(config, listing, table.found)
@@ -111,7 +111,8 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
     def fitting(among: Sequence[Source]) -> tuple[list[Source], list[int]]:
         kept, buckets = [], []
         for source in among:
-            bucket = cutting.nearest_shape(source.size, shapes)
+            mine = of_side[source.side]
+            bucket = mine[cutting.nearest_shape(source.size, [shapes[i] for i in mine])]
             if config.enlarge or not cutting.is_enlarged(source.size, shapes[bucket]):
                 kept.append(source)
                 buckets.append(bucket)
@@ -140,9 +141,29 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
         "without a caption": [source.name for source in sources if not source.captioned],
         "held out": [source.name for source in held],
     }
+    if len(of_side) > 1:
+        for side in sorted(of_side):
+            name = f"cut to {side or config.size} px"
+            table.taken[name] = table.taken.get(name, []) + [one.name for one in sources if one.side == side]
     if not sources:
         raise DAVAEError(f"none of the images can be trained on at a size of {config.size}:\n{table}")
     return Collection(shapes, sources, bucket_of, held, held_bucket_of, table)
+
+
+def _shapes(config: DataConfig, multiple: int, sides: set[int]) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:
+    """The shapes of all sizes; and for each size that entries name, or 0, which of them it has.
+
+    Raises:
+        DAVAEError: a size cannot be, or is larger than the training's.
+    """
+    if config.size < max(sides, default=0):
+        raise DAVAEError(
+            f"--data.images asks for a size of {max(sides)}, --data.size is {config.size}; give the largest size as "
+            "--data.size, for which memory is planned"
+        )
+    own = {side: cutting.shapes(side or config.size, multiple, config.buckets) for side in sorted(sides | {0})}
+    shapes = list(dict.fromkeys(shape for some in own.values() for shape in some))
+    return shapes, {side: [shapes.index(shape) for shape in some] for side, some in own.items() if side in sides}
 
 
 def _readable(listing: Listing) -> list[Source]:
@@ -188,6 +209,7 @@ def held_share(config: DataConfig, found: Sequence[Source]) -> list[Source]:
 
 
 def _copies(sources: Sequence[Source]) -> list[Source]:
-    """Images that are the same as an earlier one."""
-    seen: set[str] = set()
-    return [source for source in sources if source.identity in seen or seen.add(source.identity)]  # type: ignore[func-returns-value]
+    """Images that are the same as an earlier one of the same size."""
+    seen: set[tuple[str, int]] = set()
+    keys = ((source, (source.identity, source.side)) for source in sources)
+    return [source for source, key in keys if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
