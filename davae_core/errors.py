@@ -15,3 +15,9 @@ class LatentError(DAVAEError):
 
 class WriteError(CheckpointError):
     """A file cannot be written."""
+
+
+def quoted(value: object, most: int = 60) -> str:
+    """What a file or a setting says, for a message: as Python writes it, cut where it is longer than anybody reads."""
+    text = repr(value[: most + 1] if isinstance(value, str) else value)
+    return text if len(text) <= most + 2 else f"{text[:most]}..."

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from . import atomic
 from .checkpoints import files, foreign_json
-from .errors import CheckpointError, DAVAEError
+from .errors import CheckpointError, DAVAEError, quoted
 
 INDEX = "index.json"
 FORMAT = 1
@@ -102,7 +102,7 @@ def survey(folder: Path, kind: str, about: Mapping[str, Any]) -> Found:
         if told.get("davae.kind") != kind or was != dict(about):
             other = [f"{name}: {was.get(name)!r}, now {about.get(name)!r}" for name in {**was, **about}
                      if was.get(name) != about.get(name)]  # fmt: skip
-            why = "; ".join(other) or f"it holds {told.get('davae.kind', 'something unknown')}, not {kind}"
+            why = "; ".join(other) or f"it holds {quoted(told.get('davae.kind', 'something unknown'))}, not {kind!r}"
             raise DAVAEError(f"{path} was made with something else ({why}); write to another folder, or remove it")
         if data_hash(path) != told.get(files.HASH_KEY):
             found.damaged.append(path)
@@ -226,8 +226,8 @@ def _index(folder: Path, kind: str, maker: str) -> dict[str, Any]:
         raise DAVAEError(f"{path} is damaged ({problem}); run {maker} again") from None
     if told.get("format") != FORMAT or told.get("kind") != kind:
         raise DAVAEError(
-            f"{path} tells of {told.get('kind')!r} in format {told.get('format')!r}, expected {kind!r} in format "
-            f"{FORMAT}; give the folder that {maker} wrote"
+            f"{path} tells of {quoted(told.get('kind'))} in format {quoted(told.get('format'))}, expected {kind!r} in "
+            f"format {FORMAT}; give the folder that {maker} wrote"
         )
     if not isinstance(told.get("about"), dict) or not _lists_shards(told.get("shards")):
         raise DAVAEError(f"{path} is damaged (it does not list its shards); run {maker} again")

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..davae_core import checkpoints
-from ..davae_core.errors import DAVAEError
+from ..davae_core.errors import DAVAEError, quoted
 from . import comfy_bridge
 
 CATEGORY = "DA-VAE"
@@ -15,7 +15,7 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 def weights_dtype(name: str) -> torch.dtype | None:
     """The dtype of the widget, None for "auto"; a DAVAEError for what only a link can bring."""
     if name not in DTYPES:
-        raise DAVAEError(f"the dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+        raise DAVAEError(f"the dtype is {quoted(name)}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -243,7 +243,7 @@ def _recommended(args: argparse.Namespace) -> Recommended:
 def _export(args: argparse.Namespace, opened: Opened) -> Path:
     """A folder for diffusers."""
     kind, name = opened.detected.kind, opened.path.name
-    with atomic.writing_folder(args.dst) as folder:
+    with atomic.writing_folder(args.dst) as folder, files.naming(name):
         if kind == "autoencoder":
             part = open_any(args.base).parts.get("vae") if args.base is not None else None
             difference = export.autoencoder(

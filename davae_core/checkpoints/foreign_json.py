@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 
 MOST_BYTES = 64 * 2**20  # an index of shards of the largest models has 1
 _MOST_DIGITS = 20  # of a random seed
@@ -71,7 +71,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {twice[:60]!r} comes twice")
+        raise ValueError(f"the name {quoted(twice)} comes twice")
     return made
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 from ..lora import LORA_MODULES
 from . import foreign_json, layout, pickled, tensors
 from .settings import Number
@@ -116,7 +116,7 @@ def _module(pattern: str) -> str:
     """A key of ``alpha_pattern`` as a module's name: PEFT takes it for a regular expression, which may never end."""
     name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
     if not _PLAIN.fullmatch(name):
-        raise CheckpointError(f"alpha_pattern names {pattern[:60]!r}, expected names of modules, not patterns")
+        raise CheckpointError(f"alpha_pattern names {quoted(pattern)}, expected names of modules, not patterns")
     return name
 
 

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import Any, Literal
 
 from ..adapter import Recommended
-from ..errors import CheckpointError, DAVAEError
+from ..errors import CheckpointError, DAVAEError, quoted
 from ..history import History
 from ..latent import LatentSpec
 from . import foreign_json, settings
@@ -93,10 +93,12 @@ def parse(metadata: Mapping[str, str], kind: Kind, file: str) -> dict[str, Any]:
             f"{file} has no DA-VAE metadata. Other tools drop it when they save a model; use the file as it was before"
         )
     if kind_of(metadata) != kind:
-        raise CheckpointError(f"{file} is marked as kind {kind_of(metadata)!r}, expected {kind!r}; the file is damaged")
+        raise CheckpointError(
+            f"{file} is marked as kind {quoted(kind_of(metadata))}, expected {kind!r}; the file is damaged"
+        )
     if metadata.get("davae.format") != FORMAT:
         raise CheckpointError(
-            f"{file} has file format {metadata.get('davae.format', 'unknown')!r}, this version reads {FORMAT!r}; "
+            f"{file} has file format {quoted(metadata.get('davae.format', 'unknown'))}, this version reads {FORMAT!r}; "
             "update the node pack"
         )
     if CONFIG not in metadata:

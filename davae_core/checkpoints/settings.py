@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapter import Recommended
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 from ..history import ROLES, History, Identity
 from ..latent import LatentSpec
 
@@ -164,5 +164,4 @@ def finite_numbers(values: Any, name: str, most: int = 4096) -> tuple[float, ...
 def _shown(value: Any) -> str:
     if isinstance(value, dict | list):
         return "a list" if isinstance(value, list) else "a set of settings"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return quoted(value)

@@ -16,6 +16,7 @@ from davae_core.checkpoints import convert, export, files, tensors
 from davae_core.checkpoints.authors_autoencoder import STATISTICS
 from davae_core.checkpoints.diffusers_names import transformer_rules
 from davae_core.checkpoints.names import from_native
+from davae_core.few_steps import FewStepLora
 from davae_core.history import History, identity
 from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.predictor import DetailPredictor, PredictorConfig
@@ -47,6 +48,11 @@ def make(folder: Path) -> None:
     checkpoints.save_text_encoder(folder / "text_encoder.safetensors", FAMILY.text_encoder())
     predictor = DetailPredictor(PredictorConfig(FAMILY.latent, width=64, blocks=2)).half()
     checkpoints.save_predictor(folder / "predictor.safetensors", predictor, history=told)
+    residual = FAMILY.davae()
+    residual.set_predictor(DetailPredictor(PredictorConfig(FAMILY.latent, width=64, blocks=2)))
+    checkpoints.save_autoencoder(folder / "residual.safetensors", residual.half(), FAMILY.recommended, history=told)
+    few = FewStepLora(FAMILY.latent, replace(FAMILY.recommended, cfg=1.0, steps=4), adapter.lora_state(), told)
+    checkpoints.save_few_step_lora(folder / "few_steps.safetensors", few)
     decoder = TinyDecoder(TinyDecoderConfig(FAMILY.latent, (16, 8, 8, 8, 8))).half()
     checkpoints.save_tiny_decoder(folder / "tiny_decoder.safetensors", decoder, history=told)
     files.save(folder / "base.safetensors", model.state_dict(), {"modelspec.title": "base"})

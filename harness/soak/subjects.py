@@ -104,6 +104,14 @@ def _run(state: Mapping[str, torch.Tensor], spec: LatentSpec) -> None:
         raise WrongError(f"a prediction of shape {list(out.shape)}")
 
 
+def _few_step_lora(path: Path, _: Path, __: Path) -> None:
+    lora = checkpoints.load_few_step_lora(path)
+    _latent(lora.latent, lora.recommended)
+    _finite(lora.state)
+    if lora.hidden == FAMILY.model.hidden and lora.latent.channels == FAMILY.latent.channels:
+        _run(lora.added(merged(dict(_base()), FAMILY.adapter())), FAMILY.latent)
+
+
 def _merged(path: Path, _: Path, __: Path) -> None:
     model = checkpoints.load_merged(path)
     _latent(model.latent, model.recommended)
@@ -187,7 +195,9 @@ _LORA = ("adapter_model.safetensors", "adapter_config.json", "adapter_config.jso
 
 SUBJECTS: tuple[Subject, ...] = (
     Subject("load autoencoder", "autoencoder.safetensors", ITSELF, _autoencoder),
+    Subject("load autoencoder with a predictor", "residual.safetensors", ITSELF, _autoencoder),
     Subject("load adapter", "adapter.safetensors", ITSELF, _adapter),
+    Subject("load few-step LoRA", "few_steps.safetensors", ITSELF, _few_step_lora),
     Subject("load merged", "merged.safetensors", ITSELF, _merged),
     Subject("load text encoder", "text_encoder.safetensors", ITSELF, _text_encoder),
     Subject("load predictor", "predictor.safetensors", ITSELF, _predictor),
@@ -195,6 +205,7 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("inspect", "tiny_decoder.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "autoencoder.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "adapter.safetensors", ITSELF, _inspect, True),
+    Subject("inspect", "few_steps.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "whole.safetensors", ITSELF, _inspect, True),
     Subject("inspect", "shards", _SHARDS, _inspect, True),
     Subject("verify", "adapter.safetensors", ITSELF, _verify),
@@ -208,6 +219,8 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("convert merged folder", "merged_pipeline", ("davae.json", "davae.json", _PIPELINE[0]), _converter()),
     Subject("convert to diffusers", "autoencoder.safetensors", ITSELF, _converter("--to", "diffusers")),
     Subject("convert to diffusers", "adapter.safetensors", ITSELF, _converter("--to", "diffusers")),
+    Subject("convert to diffusers", "residual.safetensors", ITSELF, _converter("--to", "diffusers")),
+    Subject("convert to diffusers", "few_steps.safetensors", ITSELF, _converter("--to", "diffusers")),
     Subject("authors' autoencoder", "authors_autoencoder", ("pytorch_model.bin", STATISTICS), _converter()),
     Subject(
         "authors' adapter",

@@ -28,20 +28,29 @@ from davae_core.checkpoints import (
     files,
     load_adapter,
     load_autoencoder,
+    load_few_step_lora,
     load_merged,
+    load_predictor,
     load_text_encoder,
+    load_tiny_decoder,
     metadata,
     save_adapter,
     save_autoencoder,
+    save_few_step_lora,
     save_merged,
+    save_predictor,
     save_text_encoder,
+    save_tiny_decoder,
 )
 from davae_core.davae import DAVAE
 from davae_core.errors import CheckpointError
+from davae_core.few_steps import FewStepLora
 from davae_core.latent import LatentSpec
 from davae_core.lock import holding
 from davae_core.mmdit import MMDiT
+from davae_core.predictor import DetailPredictor, PredictorConfig
 from davae_core.text_encoder import TextEncoder, TextEncoderConfig
+from davae_core.tiny_decoder import TinyDecoder, TinyDecoderConfig
 
 State = dict[str, torch.Tensor]
 Load = Callable[[Path], Any]
@@ -52,7 +61,11 @@ LOADERS: dict[str, Load] = {
     "adapter": load_adapter,
     "model": load_merged,
     "text_encoder": load_text_encoder,
+    "predictor": load_predictor,
+    "tiny_decoder": load_tiny_decoder,
+    "few_step_lora": load_few_step_lora,
 }
+BY_TENSORS = [kind for kind in LOADERS if kind != "few_step_lora"]  # whose tensors are those of any LoRA
 SPEC = LatentSpec(
     detail_mean=tuple(0.1 * i - 0.7 for i in range(16)), detail_std=tuple(0.3 + 0.01 * i for i in range(16))
 )
@@ -103,6 +116,9 @@ def originals(
     save_adapter(folder / "good_adapter.safetensors", adapter)
     save_merged(folder / "good_model.safetensors", make_merged(model, adapter))
     save_text_encoder(folder / "good_text_encoder.safetensors", make_text_encoder())
+    save_predictor(folder / "good_predictor.safetensors", DetailPredictor(PredictorConfig(SPEC, width=32, blocks=1)))
+    save_tiny_decoder(folder / "good_tiny_decoder.safetensors", TinyDecoder(TinyDecoderConfig(SPEC, (8,) * 5)))
+    save_few_step_lora(folder / "good_few_step_lora.safetensors", FewStepLora(SPEC, ADVICE, adapter.lora_state()))
     return folder
 
 
@@ -446,14 +462,20 @@ def test_a_good_file_of_another_kind_is_told_apart(written: dict[str, Path], wan
         "adapter": "a DA-VAE adapter",
         "model": "an SD3.5 diffusion model with 32 channels (a merged DA-VAE model)",
         "text_encoder": "the text encoder of the tiny model",
+        "predictor": "a DA-VAE detail predictor",
+        "tiny_decoder": "a tiny decoder of DA-VAE latents",
+        "few_step_lora": "a few-step LoRA for an adapted model",
     }
     choices = {
         "autoencoder": "choose a DA-VAE autoencoder (models/vae)",
         "adapter": "choose a DA-VAE adapter (models/loras)",
         "model": "choose a merged DA-VAE model (models/diffusion_models)",
         "text_encoder": "choose the tiny model's text encoder (models/text_encoders)",
+        "predictor": "choose a DA-VAE detail predictor (models/latent_upscale_models)",
+        "tiny_decoder": "choose a tiny decoder of DA-VAE latents (models/vae_approx)",
+        "few_step_lora": "choose a few-step LoRA (models/loras)",
     }
-    assert message == f"{written[given].name} is {descriptions[given]}; {choices[wanted]}"
+    assert message.startswith(f"{written[given].name} is {descriptions[given]}; {choices[wanted]}")
 
 
 def test_a_plain_sd3_vae_is_no_davae(tmp_path: Path, toy_vae: Any) -> None:
@@ -490,7 +512,7 @@ def test_a_stranger_is_told_by_its_number_of_tensors(tmp_path: Path) -> None:
         assert message_of(load, path).startswith("other.safetensors is a file of 2 tensors that is none of the known")
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", BY_TENSORS)
 def test_missing_metadata_is_told(written: dict[str, Path], kind: str) -> None:
     path = written[kind]
     save_file(files.read(path)[0], path)
@@ -506,7 +528,29 @@ def test_a_newer_format_asks_for_an_update(written: dict[str, Path], kind: str) 
     assert "update the node pack" in message
 
 
+LONG = {
+    "text": "x" * 100_000,
+    "brackets": "[" * 100_000,
+    "value": json.dumps({"latent": "x" * 100_000}),
+    "name": json.dumps({"latent": {"x" * 100_000: 1}}),
+}
+
+
 @pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("key", ["kind", "format", "config", "history"])
+@pytest.mark.parametrize("content", LONG)
+def test_a_message_does_not_repeat_what_no_one_reads(
+    written: dict[str, Path], kind: str, key: str, content: str
+) -> None:
+    path = rewrite(written[kind], **{f"davae_{key}": LONG[content]})
+    if key == "history" and (content in ("value", "name") or kind == "text_encoder"):
+        LOADERS[kind](path)  # what a later version tells of itself; a text encoder has no history
+        return
+    message = message_of(LOADERS[kind], path)
+    assert path.name in message and len(message) < 600
+
+
+@pytest.mark.parametrize("kind", BY_TENSORS)
 def test_metadata_of_another_kind_contradicts(written: dict[str, Path], kind: str) -> None:
     claimed = "adapter" if kind != "adapter" else "model"
     message = message_of(LOADERS[kind], rewrite(written[kind], davae_kind=claimed))
@@ -678,7 +722,7 @@ def test_recommended_settings_may_be_left_out(written: dict[str, Path]) -> None:
 # Telling files apart
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", BY_TENSORS)
 def test_our_own_kinds_are_known_by_shapes_and_by_tensors(written: dict[str, Path], kind: str) -> None:
     assert detect(files.read_metadata(written[kind])[0]).kind == kind
     assert detect(files.read(written[kind])[0]).kind == kind
