@@ -17,7 +17,11 @@ class WriteError(CheckpointError):
     """A file cannot be written."""
 
 
-def quoted(value: object, most: int = 60) -> str:
-    """What a file or a setting says, for a message: as Python writes it, cut where it is longer than anybody reads."""
-    text = repr(value[: most + 1] if isinstance(value, str) else value)
-    return text if len(text) <= most + 2 else f"{text[:most]}..."
+def shortened(text: str, most: int = 300) -> str:
+    """A text of somebody else, for a message: cut where it is longer than anybody reads."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def quoted(value: object) -> str:
+    """What a file or a setting says, for a message: as Python writes it, and :func:`shortened`."""
+    return shortened(repr(value), 60)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .. import atomic
-from ..errors import CheckpointError, DAVAEError, WriteError
+from ..errors import CheckpointError, DAVAEError, WriteError, shortened
 from . import header, owned
 from .header import DTYPES, Header
 
@@ -78,8 +78,8 @@ class Reader:
             same = set(self._file.keys()) == set(self.header.shapes)
         except (SafetensorError, OSError, RuntimeError, CheckpointError) as problem:
             raise CheckpointError(
-                f"{path.name} is not a readable safetensors file ({_size(path)} bytes: {problem}); it is damaged, cut "
-                "off, or of another format. Copy or download it again"
+                f"{path.name} is not a readable safetensors file ({_size(path)} bytes: {shortened(str(problem))}); it "
+                "is damaged, cut off, or of another format. Copy or download it again"
             ) from problem
         if not same:
             raise self._replaced("it holds other tensors now")

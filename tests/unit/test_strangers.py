@@ -87,7 +87,7 @@ def refused(load: Callable[[Path], Any], path: Path, *words: str) -> None:
         tracemalloc.stop()
     assert time.process_time() - start < 2
     assert peak < 16 * 2**20
-    assert path.name in str(error.value)
+    assert path.name in str(error.value) and len(str(error.value)) < 1000
     for word in words:
         assert word in str(error.value)
 
@@ -264,6 +264,7 @@ def with_header(path: Path, text: str, length: int | None = None) -> Path:
         '{"a": {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "%s", "shape": [1], "data_offsets": [0, 4]}}' % ("F" * 100_000),
         '{"a": 3}',
         '{"__metadata__": {"a": 3}}',
         '{"' + "a" * 100_000 + '": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
