@@ -51,8 +51,9 @@ class BuildConfig:
 def build(config: BuildConfig) -> int:
     """Run what is not finished; returns the exit code of the first stage that does not finish."""
     images = folder(config.size, "data")
-    data.prepare(data.DataConfig(out=images, size=SIZES[config.size]), load_captions(), data.ARCHIVES)
-    more.prepare(more.MoreConfig(images, SIZES[config.size]))
+    wanted = data.DataConfig(images, SIZES[config.size])
+    data.prepare(wanted, load_captions(), data.ARCHIVES)
+    more.prepare(wanted)
     for name, (stage, suffix, last_file) in TRAININGS.items():
         if (folder(config.size, name) / last_file).is_file():
             print(f"{name}: finished before", flush=True)

@@ -9,7 +9,6 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import tyro
 from ... import atomic
 from ...checkpoints import foreign_json
 from ...errors import DAVAEError
-from .data import Archive, draw_icon, obtain, read_json
+from .data import Archive, DataConfig, draw_icon, obtain, read_json
 
 FOLDER, MANIFEST = "more", "more.json"
 AGAIN = re.compile(r"skin-tone|^flag")  # the same hand in five colours; flags, as in the other sets
@@ -58,24 +57,6 @@ SETS = {
 }
 
 
-@dataclass(frozen=True)
-class MoreConfig:
-    """Download, check and render further pictures."""
-
-    out: Path = Path("output/data/tiny")
-    """Folder of davae_core.training.tiny.data; a run that was cut off goes on where it was."""
-    size: int = 128
-    """Width and height of the pictures, in pixels."""
-    archives: Path | None = None
-    """Folder with .tgz files put there by hand; what is found there is not downloaded."""
-    downloads: Path = Path("output/data/downloads")
-    """Folder that keeps downloaded .tgz files for the next time."""
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise DAVAEError(f"--size is {self.size}; expected the width of the pictures in pixels, for example 128")
-
-
 def distinct(names: Iterable[str]) -> list[str]:
     """The names of an icon set without skin tones, flags and, of drawings for several sizes, all but the largest."""
     largest: dict[str, tuple[int, str]] = {}
@@ -88,12 +69,15 @@ def distinct(names: Iterable[str]) -> list[str]:
     return sorted(name for _, name in largest.values())
 
 
-def prepare(config: MoreConfig, sets: Mapping[str, Archive] = SETS) -> dict[str, int]:
+def prepare(config: DataConfig, sets: Mapping[str, Archive] = SETS) -> dict[str, int]:
     """Write all pictures and the manifest; the number of pictures of each set. What is there already is kept.
 
     Raises:
-        DAVAEError: an archive is wrong or missing, or the folder holds pictures of another size or of other sets.
+        DAVAEError: the size is below 1, an archive is wrong or missing, or the folder holds pictures of another size or
+            of other sets.
     """
+    if config.size < 1:
+        raise DAVAEError(f"--size is {config.size}; expected the width of the pictures in pixels, for example 128")
     expected = {"size": config.size, "archives": {a.filename: a.sha512 for a in sets.values()}}
     manifest, unfinished = config.out / MANIFEST, config.out / f"{MANIFEST}.unfinished"
     told = next((foreign_json.read(path) for path in (manifest, unfinished) if path.is_file()), None)
@@ -116,7 +100,7 @@ def prepare(config: MoreConfig, sets: Mapping[str, Archive] = SETS) -> dict[str,
     return counts
 
 
-def _draw(archive: Path, folder: Path, config: MoreConfig) -> int:
+def _draw(archive: Path, folder: Path, config: DataConfig) -> int:
     """Write the pictures of one set that are missing; how many it has."""
     icons: dict[str, Any] = read_json(archive, "icons.json")[0]
     names = distinct(icons["icons"])
@@ -133,7 +117,7 @@ def _draw(archive: Path, folder: Path, config: MoreConfig) -> int:
 def main() -> None:
     """Run from the command line."""
     try:
-        prepare(tyro.cli(MoreConfig, description=__doc__))
+        prepare(tyro.cli(DataConfig, description=__doc__))
     except DAVAEError as error:
         raise SystemExit(str(error)) from None
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from davae_core.errors import DAVAEError
 from davae_core.training.tiny import more
-from davae_core.training.tiny.data import Archive
+from davae_core.training.tiny.data import Archive, DataConfig
 from harness.archives import sha512, write_tgz
 
 BODY = '<path fill="{}" d="M4 4h8v8H4z"/>'
@@ -24,8 +24,8 @@ def archive(folder: Path, name: str, icons: list[str], colour: str = "red") -> A
     return Archive(empty.package, empty.version, empty.licence, sha512(path))
 
 
-def config(folder: Path, size: int = 32) -> more.MoreConfig:
-    return more.MoreConfig(folder / "data", size, folder / "archives", folder / "downloads")
+def config(folder: Path, size: int = 32) -> DataConfig:
+    return DataConfig(folder / "data", size, folder / "archives", folder / "downloads")
 
 
 @pytest.fixture
@@ -80,4 +80,4 @@ def test_a_changed_archive_is_refused(tmp_path: Path, sets: dict[str, Archive]) 
 
 def test_a_size_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DAVAEError, match="--size is 0"):
-        config(tmp_path, 0)
+        more.prepare(config(tmp_path, 0), {})
