@@ -32,6 +32,7 @@ from davae_core.checkpoints import (
     metadata,
     save_adapter,
     save_autoencoder,
+    save_few_step_lora,
     save_merged,
     settings,
     tensors,
@@ -40,6 +41,7 @@ from davae_core.checkpoints import merge as merging
 from davae_core.checkpoints.opening import open_any
 from davae_core.davae import DAVAE
 from davae_core.errors import CheckpointError, DAVAEError
+from davae_core.few_steps import FewStepLora
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT
 
@@ -232,6 +234,17 @@ def test_parts_of_a_fused_layer_of_dtypes_that_do_not_mix_are_refused(tmp_path: 
     name = "transformer_blocks.0.attn.to_k.bias"
     changed(path, replace(name, torch.zeros(128, dtype=torch.float8_e4m3fn)))
     refused(lambda place: convert.main([str(place), str(tmp_path / "out.safetensors")]), path, "dtypes")
+
+
+def test_a_lora_that_looks_like_a_model_is_named_when_it_is_converted(tmp_path: Path, adapter_file: Path) -> None:
+    state = {name: tensor for name, tensor in files.read(adapter_file)[0].items() if ".lora_" in name}
+    path = tmp_path / "few_steps.safetensors"
+    save_few_step_lora(path, FewStepLora(LatentSpec(), Recommended(), state))
+    many = {f"joint_blocks.{i}.x_block.attn.qkv.weight": torch.zeros(0) for i in range(300)}
+    changed(path, lambda state: state.update(many))
+    with pytest.raises(DAVAEError, match=r"^few_steps\.safetensors: .*300 joint blocks"):
+        convert.main([str(path), str(tmp_path / "out"), "--to", "diffusers"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_merged_model_of_thousands_of_empty_blocks_is_refused_at_once(
