@@ -177,7 +177,7 @@ def predictor_recipe(size: str) -> predictor.PredictorRecipe:
     remembers otherwise; by the latents alone. Narrow: more images taught it more than more channels."""
     return predictor.PredictorRecipe(
         data=DataConfig(_images(size, "train", "other", "more"), size=SIZES[size], flip=False, workers=0, cache=True),
-        run=RunConfig(folder(size, "predictor"), steps=4000, batch=64),
+        run=RunConfig(folder(size, "predictor"), steps=3000, batch=64),
         autoencoder=folder(size, "autoencoder_redrawn") / tiny.AUTOENCODER,
         optimiser=OptimiserConfig(lr=1e-3, schedule="cosine", ema=0.999),
         losses=ReconstructionConfig(l1=0.0, perceptual=0.0, kl=0.0),
@@ -194,10 +194,10 @@ def finished_predictor_recipe(size: str) -> predictor.PredictorRecipe:
     first = predictor_recipe(size)
     return replace(
         first,
-        run=RunConfig(folder(size, "predictor_finish"), steps=700, batch=4),
+        run=RunConfig(folder(size, "predictor_finish"), steps=1000, batch=4),
         start=folder(size, "predictor") / tiny.PREDICTOR,
         optimiser=replace(first.optimiser, lr=3e-4, ema=0.99),
-        losses=ReconstructionConfig(l1=1.0, l2=4.0, perceptual=1.0, network="st-lpips-alex", kl=0.0),
+        losses=ReconstructionConfig(l1=1.0, l2=4.0, perceptual=1.5, network="st-lpips-alex", kl=0.0),
         latent=0.1,
     )
 
