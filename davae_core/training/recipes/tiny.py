@@ -174,7 +174,7 @@ def few_steps_recipe(size: str) -> few_steps.FewStepsRecipe:
 
 def predictor_recipe(size: str) -> predictor.PredictorRecipe:
     """The predictor of the detail, on variants of all images but the held-out ones and of those of other sets, which it
-    remembers otherwise; by the latents alone. Narrow: more images taught it more than more channels."""
+    remembers otherwise; by the latents alone. Narrow, so that a prediction takes a twentieth of a decoding."""
     return predictor.PredictorRecipe(
         data=DataConfig(_images(size, "train", "other", "more"), size=SIZES[size], flip=False, workers=0, cache=True),
         run=RunConfig(folder(size, "predictor"), steps=3000, batch=64),
