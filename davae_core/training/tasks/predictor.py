@@ -153,6 +153,7 @@ class PredictorTask:
     """
 
     def __init__(self, recipe: PredictorRecipe, images: Images, parts: Parts | None = None) -> None:
+        check_settings(recipe)
         torch.manual_seed(recipe.run.seed)
         self.recipe = recipe
         parts = parts or Parts.read(recipe)
@@ -206,6 +207,17 @@ class PredictorTask:
         path = folder / self.recipe.file
         checkpoints.save_predictor(path, self.model, history=replace(history, of=self.of))
         return [path]
+
+
+def check_settings(recipe: PredictorRecipe) -> None:
+    """Raise DAVAEError where a setting makes no sense or two contradict each other."""
+    if recipe.variants < 0:
+        raise DAVAEError(f"--variants is a number of at least 0, got {recipe.variants}")
+    if recipe.vary and recipe.keep_latents and not recipe.variants:
+        raise DAVAEError(
+            "variants that are others every time cannot be kept, memory would fill up: give a number of them "
+            "(--variants 3) or --no-keep-latents"
+        )
 
 
 def check_continues(start: PredictorConfig, wanted: PredictorConfig) -> None:

@@ -62,6 +62,18 @@ def test_a_resumed_run_is_the_run(stages: Any, tmp_path: Path, vary: str) -> Non
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--vary --variants 0 --keep-latents", "cannot be kept.*--variants 3.*--no-keep-latents"),
+        ("--vary --variants -1", "at least 0, got -1"),
+    ],
+)
+def test_variants_that_cannot_be_are_refused(stages: Any, tmp_path: Path, more: str, said: str) -> None:
+    with pytest.raises(DAVAEError, match=said):
+        run(stages, tmp_path, 1, *more.split())
+
+
 def test_it_goes_on_from_a_predictor(stages: Any, tmp_path: Path) -> None:
     assert run(stages, tmp_path / "first", 2) == 0
     start = tmp_path / "first" / tiny.PREDICTOR
