@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from . import atomic
 from .checkpoints import files, foreign_json
-from .errors import CheckpointError, DAVAEError, quoted
+from .errors import CheckpointError, DAVAEError, quoted, shortened
 
 INDEX = "index.json"
 FORMAT = 1
@@ -100,8 +100,8 @@ def survey(folder: Path, kind: str, about: Mapping[str, Any]) -> Found:
             continue
         was = foreign_json.parse(told.get("davae.about", "{}"), f"davae.about of {path}")
         if told.get("davae.kind") != kind or was != dict(about):
-            other = [f"{name}: {was.get(name)!r}, now {about.get(name)!r}" for name in {**was, **about}
-                     if was.get(name) != about.get(name)]  # fmt: skip
+            differing = [name for name in {**was, **about} if was.get(name) != about.get(name)][:4]
+            other = [f"{shortened(name)}: {quoted(was.get(name))}, now {quoted(about.get(name))}" for name in differing]
             why = "; ".join(other) or f"it holds {quoted(told.get('davae.kind', 'something unknown'))}, not {kind!r}"
             raise DAVAEError(f"{path} was made with something else ({why}); write to another folder, or remove it")
         if data_hash(path) != told.get(files.HASH_KEY):

@@ -26,11 +26,15 @@ def shapes(size: int, multiple: int, buckets: bool) -> list[tuple[int, int]]:
         if size % multiple:
             below = size // multiple * multiple
             near = f"{below} or {below + multiple}" if below else f"{multiple}"
-            raise DAVAEError(f"the size {size} is not a multiple of {multiple}; use {near} (--data.size)")
+            raise DAVAEError(
+                f"the size {size} is not a multiple of {multiple}; use {near} (--data.size, or size= of a folder)"
+            )
         return [(size, size)]
     side = size // multiple * multiple
     if not side:
-        raise DAVAEError(f"the size {size} is below {multiple}, the smallest side there is (--data.size)")
+        raise DAVAEError(
+            f"the size {size} is below {multiple}, the smallest side there is (--data.size, or size= of a folder)"
+        )
     found = {(side, side)}
     for short in range(multiple, side + 1, multiple):
         long = size**2 // short // multiple * multiple

@@ -158,7 +158,7 @@ def _shapes(config: DataConfig, multiple: int, sides: set[int]) -> tuple[list[tu
     """
     if config.size < max(sides, default=0):
         raise DAVAEError(
-            f"--data.images asks for a size of {max(sides)}, --data.size is {config.size}; give the largest size as "
+            f"a folder asks for a size of {max(sides)}, --data.size is {config.size}; give the largest size as "
             "--data.size, for which memory is planned"
         )
     own = {side: cutting.shapes(side or config.size, multiple, config.buckets) for side in sorted(sides | {0})}
