@@ -1,5 +1,6 @@
 """A pretrained model with an adapter in it, of which only the adapter is trained."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from ...mmdit import MMDiT, MMDiTConfig
 from . import lora
 from .recompute import recompute
 
+logger = logging.getLogger(__name__)
+
 
 class AdaptedModel(nn.Module):
     """A pretrained MMDiT that reads and predicts C + D channels; only what the adapter holds is trained.
@@ -22,7 +25,7 @@ class AdaptedModel(nn.Module):
         latent: the latent to adapt to.
         rank, targets: of the LoRA.
         seed: draws the LoRA's first factors.
-        start: what is learned already, at this rank or a lower one; nothing where it is not given.
+        start: what is learned already, at any rank; nothing where it is not given.
         frozen: dtype of the matrices that are not trained; the positions keep the file's unless it is float32.
         zero_init: start the detail's part of embedder and head at zero; otherwise drawn with the pretrained spread.
 
@@ -51,7 +54,7 @@ class AdaptedModel(nn.Module):
                 drawn.normal_(std=float(base[name].float().std()), generator=generator)
         self.adapter_config = adapter.config
         if start is not None:
-            start = grown(start, adapter)
+            start = resized(start, adapter)
             check_continues(start, adapter)
             adapter = Adapter(adapter.config, {name: tensor.float() for name, tensor in start.state.items()})
         self.start = {name: base[name].float().clone() for name in WIDENED}
@@ -115,21 +118,48 @@ def held_as(name: str, tensor: torch.Tensor, frozen: torch.dtype) -> torch.dtype
     return tensor.dtype if name == "pos_embed" else frozen
 
 
-def grown(start: Adapter, fresh: Adapter) -> Adapter:
-    """``start`` with the LoRA rank of ``fresh`` where its own is lower: the same change of the model, with room to
-    learn more. Its factors come first, then the first factors of ``fresh`` and zeros."""
+def resized(start: Adapter, fresh: Adapter) -> Adapter:
+    """``start`` with the LoRA rank of ``fresh``.
+
+    From a lower rank it is the same change of the model, with room to learn more: the factors of ``start`` first, then
+    the first factors of ``fresh`` and zeros. From a higher one it is the nearest change of that rank in squared error,
+    by singular values, which the two factors share.
+    """
     state = dict(start.state)
+    before = after = 0.0
     for name, tensor in start.state.items():
         stem, is_first, _ = name.partition(".lora_A.weight")
         wanted, up = fresh.state.get(name), start.state.get(f"{stem}.lora_B.weight")
-        if not is_first or wanted is None or up is None or wanted.shape[0] <= tensor.shape[0]:
+        if not is_first or wanted is None or up is None or wanted.shape[0] == tensor.shape[0]:
             continue
         old, new = tensor.shape[0], wanted.shape[0]
         factor = float(start.state.get(f"{stem}.alpha", torch.tensor(float(old)))) / old
-        state[name] = torch.cat([tensor.float(), wanted[old:].float()])
-        state[f"{stem}.lora_B.weight"] = torch.cat([factor * up.float(), up.new_zeros(up.shape[0], new - old)], dim=1)
-        state[f"{stem}.alpha"] = torch.tensor(float(new))
+        down, up = tensor.float(), factor * up.float()
+        if new < old:
+            before += strength(down, up)
+            down, up = reduced(down, up, new)
+            after += strength(down, up)
+        missing = new - len(down)
+        down, up = torch.cat([down, wanted[new - missing :].float()]), torch.nn.functional.pad(up, (0, missing))
+        state |= {name: down, f"{stem}.lora_B.weight": up, f"{stem}.alpha": torch.tensor(float(new))}
+    if before:
+        logger.info(
+            "the adapter to start from has a higher LoRA rank: %.1f %% of its change is kept", 100 * after / before
+        )
     return replace(start, state=state)
+
+
+def strength(down: torch.Tensor, up: torch.Tensor) -> float:
+    """The sum of the squares of ``up @ down``."""
+    return float(((up.T @ up) * (down @ down.T)).sum())
+
+
+def reduced(down: torch.Tensor, up: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors ``[rank, in]`` and ``[out, rank]`` of the product nearest to ``up @ down``; fewer if that has fewer."""
+    (rows, of_down), (columns, of_up) = torch.linalg.qr(down.T), torch.linalg.qr(up)
+    left, values, right = torch.linalg.svd(of_up @ of_down.T)
+    root = values[:rank].sqrt()
+    return root[:, None] * (right[: len(root)] @ rows.T), columns @ left[:, : len(root)] * root
 
 
 def check_continues(start: Adapter, fresh: Adapter) -> None:

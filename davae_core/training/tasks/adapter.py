@@ -60,8 +60,8 @@ class AdapterRecipe:
     """Folder of the captions' embeddings, computed before (python -m davae_core.training text): no text encoder is
     loaded."""
     start: Path | None = None
-    """Adapter file whose weights the run starts from, for the same model and DA-VAE and of this rank or a lower one;
-    otherwise from zero."""
+    """Adapter file whose weights the run starts from, for the same model and DA-VAE; of a lower rank it gets room to
+    learn more, of a higher one it is reduced by its singular values. Otherwise from zero."""
     optimiser: OptimiserConfig = OptimiserConfig()
     flow: FlowConfig = FlowConfig(shift=4.0, min_snr=5.0)
     rank: int = 256

@@ -12,7 +12,7 @@ from davae_core import checkpoints, flow, tiny
 from davae_core.adapter import WIDENED, Recommended, merge
 from davae_core.errors import DAVAEError
 from davae_core.latent import LatentSpec
-from davae_core.lora import LORA_MODULES
+from davae_core.lora import LORA_MODULES, lora_deltas
 from davae_core.mmdit import MMDiT, MMDiTConfig
 from davae_core.training import __main__ as entry
 from davae_core.training.data.draws import Draws
@@ -133,9 +133,30 @@ def test_an_alpha_of_its_own_is_kept_when_the_rank_grows(model: AdaptedModel, ba
     assert all(torch.allclose(told[name], expected[name], atol=1e-5) for name in expected)
 
 
-def test_an_adapter_of_higher_rank_is_not_cut(model: AdaptedModel, base: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(DAVAEError, match="not of this recipe's shape"):
-        AdaptedModel(base, SPEC, 2, ALL, seed=0, start=model.adapter(Recommended()))
+def test_an_adapter_of_higher_rank_is_reduced_to_the_nearest_change(
+    model: AdaptedModel, base: dict[str, torch.Tensor], inputs: Inputs, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(model, inputs)
+    start = model.adapter(Recommended())
+    state = {name: torch.tensor(8.0) if name.endswith(".alpha") else t for name, t in start.state.items()}
+    start = replace(start, state=state)
+    caplog.set_level("INFO")
+    narrower = AdaptedModel(base, SPEC, 2, ALL, seed=0, start=start).adapter(Recommended())
+    kept = total = 0.0
+    whole = {(name, third): delta for name, third, delta in lora_deltas(start.lora_state())}
+    for name, third, delta in lora_deltas(narrower.lora_state()):
+        values = torch.linalg.svdvals(whole[name, third])
+        assert torch.linalg.matrix_rank(delta, rtol=1e-4) <= 2
+        assert (whole[name, third] - delta).norm() == pytest.approx(float(values[2:].norm()), rel=1e-3, abs=1e-5)
+        kept, total = kept + float(values[:2].square().sum()), total + float(values.square().sum())
+    assert f"{100 * kept / total:.1f} % of its change is kept" in caplog.text
+    assert all(float(t) == 2 for name, t in narrower.state.items() if name.endswith(".alpha"))
+
+
+def test_a_lora_is_not_dropped_unasked(model: AdaptedModel, base: dict[str, torch.Tensor]) -> None:
+    for rank, targets in ((0, ALL), (4, ("attn.to_q",))):
+        with pytest.raises(DAVAEError, match="not of this recipe's shape"):
+            AdaptedModel(base, SPEC, rank, targets, seed=0, start=model.adapter(Recommended()))
 
 
 def test_a_factor_on_the_detail_is_part_of_the_adapters_units(stages: Any, tmp_path: Path) -> None:
