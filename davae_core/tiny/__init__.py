@@ -9,7 +9,6 @@ AUTOENCODER = "davae_tiny_autoencoder.safetensors"
 PREDICTOR = "davae_tiny_predictor.safetensors"
 DECODER = "davae_tiny_decoder.safetensors"
 ADAPTER = "davae_tiny_adapter.safetensors"
-ADAPTER_256 = "davae_tiny_adapter_256.safetensors"
 FEW_STEPS = "davae_tiny_few_steps.safetensors"
 
 # Metadata of the model file: the colours of its latent, as in LatentSpec.preview.

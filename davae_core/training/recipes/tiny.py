@@ -1,7 +1,6 @@
 """The recipes of the tiny family: two sizes of one recipe, thirteen trainings each.
 
 ``micro`` makes 128 px images from 16 tokens, ``tiny`` 256 px images from 64. The base models work at half these sizes.
-``micro-256`` is one more adapter of the first: 256 px from 64 tokens, of a base model that knows 16.
 """
 
 from dataclasses import replace
@@ -135,27 +134,6 @@ def finished_adapter_recipe(size: str) -> adapter.AdapterRecipe:
     )
 
 
-def larger_adapter_recipe() -> adapter.AdapterRecipe:
-    """An adapter of ``micro`` for the size of ``tiny``, four times the tokens, from the finished one.
-
-    The base model has not learned that many tokens: the adapter, which knows the pictures, learns their places. Seven
-    eighths of its rank hold 99 % of its change, and leave room for both files.
-    """
-    last, larger = finished_adapter_recipe("micro"), SIZES["tiny"]
-    return replace(
-        last,
-        data=replace(last.data, images=_images("tiny", "train"), size=larger),
-        run=RunConfig(folder("micro", "adapter_256"), steps=4000, batch=32),
-        start=folder("micro", "adapter_finish") / tiny.ADAPTER,
-        autoencoder=folder("micro", "autoencoder_redrawn") / tiny.AUTOENCODER,
-        optimiser=replace(last.optimiser, lr=4e-4),
-        flow=replace(last.flow, shift=3.0),
-        rank=112,
-        file=tiny.ADAPTER_256,
-        recommended=replace(last.recommended, size=larger, shift=3.0),
-    )
-
-
 def redrawn_autoencoder_recipe(size: str) -> autoencoder.AutoencoderRecipe:
     """The same latents, decoded as the adapted model draws them: the decoder alone, on latents that it has drawn over.
 
@@ -249,7 +227,6 @@ AUTOENCODER |= {f"{size}-robust": (about, robust_autoencoder_recipe(size)) for s
 AUTOENCODER |= {f"{size}-redrawn": (about, redrawn_autoencoder_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER = {size: (about, adapter_recipe(size)) for size, about in _ABOUT.items()}
 ADAPTER |= {f"{size}-finish": (about, finished_adapter_recipe(size)) for size, about in _ABOUT.items()}
-ADAPTER |= {"micro-256": ("the same model, 256 px images, 64 tokens", larger_adapter_recipe())}
 FEW_STEPS = {size: (about, few_steps_recipe(size)) for size, about in _ABOUT.items()}
 PREDICTOR = {size: (about, predictor_recipe(size)) for size, about in _ABOUT.items()}
 PREDICTOR |= {f"{size}-finish": (about, finished_predictor_recipe(size)) for size, about in _ABOUT.items()}

@@ -1,4 +1,4 @@
-"""Rebuild the tiny models from nothing: data, thirteen trainings, for ``micro`` one more, and the files of the pack.
+"""Rebuild the tiny models from nothing: data, thirteen trainings, and the files of the pack.
 
     python -m davae_core.training.tiny.build --size tiny
 
@@ -20,7 +20,7 @@ from ..run.loop import FINISHED
 from . import data, install, more, references
 from .captions import load_captions
 
-# By folder, in order: the stage, what follows the size in the recipe's name, and the file that is written last.
+# By folder: the stage, what follows the size in the recipe's name, and the file that is written last.
 TRAININGS = {
     "base_autoencoder": ("base_autoencoder", "", tiny.BASE_AUTOENCODER),
     "base_dit": ("base_dit", "", tiny.TEXT_ENCODER),
@@ -36,8 +36,6 @@ TRAININGS = {
     "predictor": ("predictor", "", tiny.PREDICTOR),
     "predictor_finish": ("predictor", "-finish", tiny.PREDICTOR),
 }
-# Of one size alone.
-MORE = {"micro": {"adapter_256": ("adapter", "-256", tiny.ADAPTER_256)}}
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,9 @@ class BuildConfig:
     """What to build."""
 
     size: Literal["micro", "tiny"] = "tiny"
-    """micro: 128 px images from 16 tokens, then 256 px from 64 by a second adapter, 12 hours on two CPU cores. tiny:
-    256 px images from 64 tokens, all trained at that size, a night."""
+    """micro: 128 px images from 16 tokens, 10 hours on two CPU cores. tiny: 256 px images from 64 tokens, a night."""
     install: bool = True
     """Replace the weights in davae_core/tiny, and the pictures that recall is measured against, at the end."""
-
-
-def trainings(size: str) -> dict[str, tuple[str, str, str]]:
-    """All trainings of a size, as :data:`TRAININGS`."""
-    return TRAININGS | MORE.get(size, {})
 
 
 def build(config: BuildConfig) -> int:
@@ -62,9 +54,7 @@ def build(config: BuildConfig) -> int:
     wanted = data.DataConfig(images, SIZES[config.size])
     data.prepare(wanted, load_captions(), data.ARCHIVES)
     more.prepare(wanted)
-    if config.size == "micro":
-        data.prepare(data.DataConfig(folder("tiny", "data"), SIZES["tiny"]), load_captions(), data.ARCHIVES)
-    for name, (stage, suffix, last_file) in trainings(config.size).items():
+    for name, (stage, suffix, last_file) in TRAININGS.items():
         if (folder(config.size, name) / last_file).is_file():
             print(f"{name}: finished before", flush=True)
             continue

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 import tyro
 
 from ... import checkpoints, command, images, tiny
-from ...adapter import Adapter
 from ...checkpoints import files, metadata
 from ...davae import DAVAE
 from ...errors import DAVAEError
@@ -26,7 +25,6 @@ LICENCE = "Apache-2.0; trained on Fluent Emoji (MIT), Noto Emoji (Apache-2.0) an
 LIMIT = 40 * 2**20
 # The trainings whose files ship.
 LAST = ("base_dit", "autoencoder_redrawn", "adapter_finish", "few_steps", "predictor_finish", "tiny_decoder")
-LARGER = {"micro": "adapter_256"}  # another adapter of a size, in the recipe "micro-256"
 
 
 @dataclass(frozen=True)
@@ -51,17 +49,19 @@ def install(config: InstallConfig) -> list[Path]:
     trained = stage["autoencoder_redrawn"] / tiny.AUTOENCODER
     davae = checkpoints.load_autoencoder(trained, torch.float32)
     history = metadata.history_of(files.read_metadata(trained)[1], trained.name)
+    adapter = checkpoints.load_adapter(stage["adapter_finish"] / tiny.ADAPTER)
     predictor = checkpoints.load_predictor(stage["predictor_finish"] / tiny.PREDICTOR)
     decoder = checkpoints.load_tiny_decoder(stage["tiny_decoder"] / tiny.DECODER)
     few_steps = checkpoints.load_few_step_lora(stage["few_steps"] / tiny.FEW_STEPS)
+    told = STAGES["adapter"].recipes[config.size][1].recommended  # chosen by what the trained family draws
     preview = preview_of(davae, folder(config.size, "data") / "train")
     davae.config = replace(davae.config, latent=replace(davae.latent, preview=preview))
-    adapter = finished_adapter(stage["adapter_finish"] / tiny.ADAPTER, config.size, preview)
-    told = adapter.config.recommended
-    larger = None
-    if config.size in LARGER:
-        trained = folder(config.size, LARGER[config.size]) / tiny.ADAPTER_256
-        larger = finished_adapter(trained, f"{config.size}-256", preview)
+    latent = replace(adapter.config.latent, preview=preview)
+    half = replace(
+        adapter,
+        config=replace(adapter.config, latent=latent, recommended=told),
+        state={name: tensor.half() for name, tensor in adapter.state.items()},
+    )
     out = {kind: config.into / kind for kind in tiny.FOLDERS}
     paths = [
         out["diffusion_models"] / tiny.MODEL,
@@ -78,38 +78,18 @@ def install(config: InstallConfig) -> list[Path]:
     files.save(paths[0], {name: tensor.half() for name, tensor in state.items()}, about)
     checkpoints.save_text_encoder(paths[1], encoder.half(), title="Tiny text encoder", **by)
     checkpoints.save_autoencoder(paths[2], davae.half(), told, title="Tiny DA-VAE", history=history, **by)
-    checkpoints.save_adapter(paths[3], adapter, title="Tiny DA-VAE adapter", **by)
+    checkpoints.save_adapter(paths[3], half, title="Tiny DA-VAE adapter", **by)
     checkpoints.save_predictor(
         paths[4], predictor.half(), title="Tiny detail predictor", history=predictor.history, **by
     )
     checkpoints.save_tiny_decoder(paths[5], decoder.half(), title="Tiny decoder", history=decoder.history, **by)
     few_steps = replace(few_steps, state={name: tensor.half() for name, tensor in few_steps.state.items()})
     checkpoints.save_few_step_lora(paths[6], few_steps, title="Tiny few-step LoRA", **by)
-    if larger is not None:
-        paths.append(out["loras"] / tiny.ADAPTER_256)
-        checkpoints.save_adapter(paths[-1], larger, title="Tiny DA-VAE adapter, 256 px", **by)
     for path in paths:
         print(f"{path.stat().st_size / 2**20:6.2f} MiB  {path}")
     total = sum(path.stat().st_size for path in paths)
     print(f"{total / 2**20:6.2f} MiB  in all (limit {LIMIT / 2**20:.0f})")
     return paths
-
-
-def finished_adapter(path: Path, recipe: str, preview: tuple[float, ...]) -> Adapter:
-    """A trained adapter in fp16, with these preview colours, that recommends what its recipe says now, which is chosen
-    by what the trained family draws.
-
-    Raises:
-        CheckpointError: it does not exist or cannot be read.
-    """
-    adapter = checkpoints.load_adapter(path)
-    latent = replace(adapter.config.latent, preview=preview)
-    told = STAGES["adapter"].recipes[recipe][1].recommended
-    return replace(
-        adapter,
-        config=replace(adapter.config, latent=latent, recommended=told),
-        state={name: tensor.half() for name, tensor in adapter.state.items()},
-    )
 
 
 @torch.no_grad()

@@ -32,17 +32,13 @@ def leave_a_tiny_decoder(autoencoder: Path, folder: Path) -> None:
 def finished(stages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder from which `output/tiny/micro` leads to finished toy trainings."""
     monkeypatch.chdir(tmp_path)
-    for stage in build.trainings("micro"):
+    for stage in build.TRAININGS:
         if stage == "tiny_decoder":
             leave_a_tiny_decoder(stages.file("autoencoder"), recipes.folder("micro", stage))
             continue
         link = recipes.folder("micro", stage)
         link.parent.mkdir(parents=True, exist_ok=True)
         own = {"few_steps": "steps"}.get(stage, stage if stage.startswith("base_") else stage.partition("_")[0])
-        if stage == "adapter_256":
-            link.mkdir()
-            (link / tiny.ADAPTER_256).symlink_to(stages.file("adapter"))
-            continue
         link.symlink_to(stages.folder(own), target_is_directory=True)
     data = recipes.folder("micro", "data")
     data.mkdir()
@@ -82,17 +78,6 @@ def test_every_stage_reads_what_the_one_before_it_leaves(size: str) -> None:
     assert (last.model, last.autoencoder) == (adapter.model, adapter.autoencoder)
 
 
-def test_the_adapter_for_256_px_is_of_the_finished_micro_family_and_reads_the_pictures_of_tiny() -> None:
-    recipe, last = recipes.larger_adapter_recipe(), recipes.finished_adapter_recipe("micro")
-    assert (recipe.model, recipe.text_encoder) == (last.model, last.text_encoder)
-    assert recipe.autoencoder == recipes.redrawn_autoencoder_recipe("micro").run.out / tiny.AUTOENCODER
-    assert recipe.start == last.run.out / last.file
-    assert build.trainings("micro")[recipe.run.out.name] == ("adapter", "-256", recipe.file)
-    assert recipes.ADAPTER["micro-256"][1] == recipe and "micro-256" not in build.trainings("tiny")
-    assert recipe.data.images == recipes.adapter_recipe("tiny").data.images
-    assert recipe.data.size == recipe.recommended.size == 256
-
-
 def test_no_recipe_reads_a_held_out_image() -> None:
     for of_stage in (
         recipes.BASE_AUTOENCODER,
@@ -113,20 +98,17 @@ def test_no_recipe_reads_a_held_out_image() -> None:
 
 def test_what_is_installed_is_fp16_and_loads(finished: Path) -> None:
     paths = install.install(install.InstallConfig("micro", finished / "pack"))
-    assert [path.relative_to(finished / "pack").parts[0] for path in paths] == [*tiny.FOLDERS, "loras", "loras"]
+    assert [path.relative_to(finished / "pack").parts[0] for path in paths] == [*tiny.FOLDERS, "loras"]
     for path in paths:
         tensors, info = files.read(path)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
         assert "CC-BY-4.0" in info["modelspec.license"]
     davae = checkpoints.load_autoencoder(paths[2])
-    adapter, larger = checkpoints.load_adapter(paths[3]), checkpoints.load_adapter(paths[7])
+    adapter = checkpoints.load_adapter(paths[3])
     assert davae.latent == adapter.config.latent
     assert len(davae.latent.preview) == 51
     assert json.loads(files.read_metadata(paths[0])[1][tiny.PREVIEW]) == list(davae.latent.preview)
     assert adapter.config.recommended == recipes.adapter_recipe("micro").recommended  # not the toy training's
-    assert paths[7].name == tiny.ADAPTER_256
-    assert larger.config.recommended == recipes.larger_adapter_recipe().recommended
-    assert larger.config.latent == adapter.config.latent
     for path in paths[2:]:
         history = metadata.history_of(files.read_metadata(path)[1], path.name)
         assert history is not None and history.steps == 2 and history.of
@@ -150,11 +132,8 @@ def test_building_a_finished_family_trains_nothing(
     for module in (build.data, build.more):
         monkeypatch.setattr(module, "prepare", lambda config, *_: asked.append(config))
     assert build.build(build.BuildConfig("micro", install=False)) == loop.FINISHED
-    assert capsys.readouterr().out.count("finished before") == len(build.trainings("micro")) == 14
-    assert [(str(config.out), config.size) for config in asked] == [
-        *2 * [(str(recipes.folder("micro", "data")), 128)],
-        (str(recipes.folder("tiny", "data")), 256),
-    ]
+    assert capsys.readouterr().out.count("finished before") == len(build.TRAININGS) == 13
+    assert [(config.out.name, config.size) for config in asked] == 2 * [("data", 128)]
 
 
 def test_the_model_cards_picture_shows_what_the_shipped_family_draws(tmp_path: Path) -> None:
