@@ -29,7 +29,7 @@ from .scratch import make_base
 from .sheet import contact_sheet
 
 FOLDER = REPOSITORY / "workflows"
-WORKFLOWS = ("tiny_native", "tiny_davae", "tiny_roundtrip")
+WORKFLOWS = ("tiny_native", "tiny_davae", "tiny_256", "tiny_roundtrip")
 STYLES = ("3d", "flat", "noto", "twitter")
 WEIGHT = re.compile(r":\s*[\d.]+\s*\)")  # of "(peach:1.5)"
 

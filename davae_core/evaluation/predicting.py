@@ -6,7 +6,9 @@ pictures. The time of a prediction is that of one picture, over the time of its 
 
 With --captions, captions that the base model knows are drawn by it, and decoded with predicted detail: what is nearest
 to each (recall) and how far it is from its own picture, beside the base model's and the adapted model's drawings. With
---denoise, the adapted model then paints over the base model's latent, with predicted detail and with none.
+--denoise, the adapted model then paints over the base model's latent, with predicted detail and with none. With --again
+the adapted model's drawing is encoded by the base VAE and decoded at twice its size: with predicted detail, with none,
+and enlarged. DIR has to hold pictures of that size then.
 
 DIR holds ``train/`` and ``held_out/``, as davae_core.training.tiny.data writes them, or any images.
 """
@@ -46,7 +48,7 @@ METHODS = {
     "davae": "true detail",
 }
 GAIN_DB, ALEX, TIME = 1.8, 0.042, 0.05
-SHEET_IMAGES, TURNS = 16, 9
+SHEET_IMAGES, COLUMNS, TURNS = 24, 12, 9
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 
@@ -144,6 +146,49 @@ def measure_denoise(
     return {name: {f"{d:g}": drawn.means(lists[name, d]) for d in args.denoise} for name in begun}
 
 
+@torch.no_grad()
+def measure_again(
+    family: Family,
+    predictor: DetailPredictor,
+    asked: Sequence[Asked],
+    metrics: Sequence[PerceptualDistance],
+    args: argparse.Namespace,
+) -> tuple[dict[str, dict[str, float]], list[torch.Tensor]]:
+    """Figures of the adapted model's drawings at s times their size against the captions' own pictures, as of
+    ``evaluation.drawing``; and the first of each way, after the pictures.
+
+    Raises:
+        DAVAEError: a picture is smaller than that.
+    """
+    davae, spec = family.davae, family.latent
+    side = spec.scale * generate.image_size(family)
+    for one in asked:
+        short = min(images.read_image(one.picture.path).shape[1:])
+        if short < side:
+            raise DAVAEError(
+                f"{one.picture.path} is {short} px, expected at least {side}, the size of --again: give a folder "
+                "with larger pictures, or leave it out"
+            )
+    ways: dict[str, Predict] = {
+        "enlarged": lambda small: resize_bicubic(small, spec.scale),
+        "davae_detail_0": lambda small: davae.decode(with_zero_detail(davae.encode_small(small), spec), 0.0),
+        "predicted": lambda small: davae.decode(predictor.complete(davae.encode_small(small))),
+    }
+    how = generate.adapted_sampling(family, args.steps)
+    lists: dict[str, drawn.Lists] = {name: {} for name in ways}
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in ("true", *ways)}
+    for some, x in drawn.batches(asked, args.batch, side, family, "drawn again"):
+        small = generate.adapted_images(family, [one.prompt for one in some], args.seed, how)
+        rows["true"].append(x.cpu())
+        for name, way in ways.items():
+            y = way(small).clamp(-1, 1)
+            for figure, values in drawn.against(y, x, metrics).items():
+                lists[name].setdefault(figure, []).extend(values)
+            rows[name].append(y.cpu())
+    told = {name: drawn.means(kept) for name, kept in lists.items()}
+    return told, [torch.cat(row)[:SHEET_IMAGES] for row in rows.values()]
+
+
 def bounds_of(held_out: Mapping[str, Mapping[str, float]], share: float) -> list[Bound]:
     """What a prediction should reach, for the distances that were measured."""
     predicted, base = held_out["predicted"], held_out["base_bicubic"]
@@ -186,14 +231,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         told["drawn"], sheets["drawn"] = measure_drawn(family, predictor, asked, metrics, references, args)
         if args.denoise and known:
             told["denoise"] = measure_denoise(family, predictor, known, metrics, args)
+        if args.again and known:
+            told["again"], sheets["again"] = measure_again(family, predictor, known, metrics, args)
     if args.sheet is not None:
         for name, rows in sheets.items():
             path = args.sheet.with_name(f"{args.sheet.stem}-{name}{args.sheet.suffix}")
-            images.save_image(path, images.contact_sheet(rows, SHEET_IMAGES))
+            images.save_image(path, images.contact_sheet(rows, COLUMNS))
     bounds = bounds_of(held_out, share)
     return {
         "command": "predicting",
-        "settings": {key: getattr(args, key) for key in ("limit", "captions", "unknown", "denoise", "seed", "device")},
+        "settings": {
+            key: getattr(args, key) for key in ("limit", "captions", "unknown", "denoise", "again", "seed", "device")
+        },
         "images": len(some),
         **told,
         "not_measured": lacking,
@@ -226,6 +275,10 @@ def tables(measured: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], li
         ]
         first = next(iter(next(iter(measured["denoise"].values())).values()))
         yield "painted over, by the detail it began with and denoise", ("", *first), rows
+    if "again" in measured:
+        names = {**METHODS, "enlarged": "bicubic"}
+        rows = [(names[name], *(f"{value:.4f}" for value in told.values())) for name, told in measured["again"].items()]
+        yield "the adapted model's drawings at twice their size", ("", *measured["again"]["predicted"]), rows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -250,6 +303,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--captions", type=figures.at_least(0), default=0, metavar="N", help="known captions to draw")
     out.add_argument("--unknown", type=figures.at_least(0), default=0, metavar="N", help="held-out captions to draw")
     out.add_argument("--denoise", type=float, nargs="*", default=[], help="paint over, with these values above 0 to 1")
+    out.add_argument(
+        "--again", action="store_true", help="the adapted model's drawings of known captions at twice the size"
+    )
     out.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     out.add_argument("--steps", type=figures.at_least(0), default=0, help="sampler steps (0: as recommended)")
     return out
@@ -260,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser().parse_args(argv)
     if any(not 0 < denoise <= 1 for denoise in args.denoise):
         raise DAVAEError(f"--denoise is {args.denoise}; expected values above 0 and at most 1")
+    if (args.denoise or args.again) and not args.captions:
+        raise DAVAEError("--denoise and --again draw known captions: say how many as --captions")
     measured = measure(args)
     for title, head, rows in tables(measured):
         print(f"\n{title}\n\n{figures.table(head, rows)}")

@@ -17,6 +17,7 @@ from harness.headless import HeadlessComfy
 from harness.result import Result
 
 SAVED = {
+    "tiny_256": ["256 px"],
     "tiny_davae": ["With DA-VAE"],
     "tiny_detail_strength": [f"Detail strength {value}" for value in ("0", "0.5", "1", "1.5")],
     "tiny_fast": ["1 step", "2 steps", "4 steps", "8 steps", "30 steps, without the LoRA"],
@@ -93,6 +94,20 @@ def test_davae_draws_twice_the_width_and_height_from_the_same_tokens(comfy, prom
     assert davae == tuple(2 * side for side in native)
     spec = checkpoints.load_adapter(adapter_file(comfy)).config.latent
     assert [side // spec.factor for side in davae] == [side // spec.base_factor for side in native]
+
+
+def test_twice_the_size_is_the_same_drawing_with_sharper_edges(comfy, prompts, results) -> None:
+    found = files(comfy, prompts["tiny_256"], results["tiny_256"])
+    drawn = files(comfy, prompts["tiny_davae"], results["tiny_davae"])["With DA-VAE"]
+    small, large = (Image.open(found[title]).convert("RGB") for title in ("128 px", "256 px"))
+    assert np.array_equal(np.asarray(small), np.asarray(Image.open(drawn).convert("RGB")))
+    assert large.size == tuple(2 * side for side in small.size)
+    again = large.resize(small.size, Image.Resampling.BOX)
+    a, b = (np.asarray(picture, dtype=np.float64) for picture in (small, again))
+    assert 10 * np.log10(255**2 / ((a - b) ** 2).mean()) > 24
+    enlarged = small.resize(large.size, Image.Resampling.BICUBIC)
+    steepest = [np.abs(np.diff(np.asarray(p, dtype=np.float64), axis=1)).max(axis=2) for p in (large, enlarged)]
+    assert np.quantile(steepest[0], 0.99) > 1.2 * np.quantile(steepest[1], 0.99)
 
 
 def adapter_file(comfy: HeadlessComfy) -> Path:

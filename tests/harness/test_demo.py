@@ -17,7 +17,7 @@ from harness.stopwatch import Event
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = ("3d", "flat", "fox", "noto", "peach", "rocket", "twitter")
-PICTURES = ("tiny_native", "tiny_davae", "tiny_roundtrip", "tiny_roundtrip_base")
+PICTURES = ("tiny_native", "tiny_davae", "tiny_256", "tiny_roundtrip", "tiny_roundtrip_base")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def test_every_prompt_gives_every_picture(run: Run) -> None:
     assert {file.name for file in run.out.iterdir()} == wanted
     sizes = {name: Image.open(run.out / f"1_3d_peach_{name}.png").size for name in PICTURES}
     assert sizes["tiny_davae"] == tuple(2 * side for side in sizes["tiny_native"])
+    assert sizes["tiny_256"] == tuple(2 * side for side in sizes["tiny_davae"]) == (256, 256)
     assert sizes["tiny_roundtrip"] == sizes["tiny_davae"] and sizes["tiny_roundtrip_base"] == sizes["tiny_native"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from davae_core import checkpoints, images
 from davae_core.errors import DAVAEError
@@ -68,6 +69,43 @@ def test_the_command_writes_every_figure_and_its_sheets(
     assert [bound["at_least"] or bound["at_most"] for bound in told["bounds"]] == [1.8, 0.042, 0.05]
     assert images.read_image(tmp_path / "sheet-held_out.png").shape[1] == 5 * 64
     assert images.read_image(tmp_path / "sheet-drawn.png").shape[1] == 5 * 64
+
+
+def test_drawings_are_decoded_again_at_twice_their_size(
+    folder: Path,
+    predictor: Path,
+    options: list[str],
+    family: Family,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    side = 2 * family.recommended.size
+    for name in ("train/0", "train/1", "train/2", "held_out/3"):
+        large = F.interpolate(images.read_image(folder / f"{name}.png")[None], size=(side, side), mode="nearest")[0]
+        images.save_image(tmp_path / "large" / f"{name}.png", large)
+        (tmp_path / "large" / f"{name}.txt").write_text((folder / f"{name}.txt").read_text())
+    out, sheet = tmp_path / "out.json", tmp_path / "sheet.png"
+    words = ["--images", str(tmp_path / "large"), "--predictor", str(predictor), *options, "--json", str(out)]
+    predicting.main([*words, "--captions", "2", "--again", "--steps", "1", "--sheet", str(sheet)])
+    told = json.loads(out.read_text())["again"]
+    assert set(told) == {"enlarged", "davae_detail_0", "predicted"}
+    assert len({round(some["psnr"], 4) for some in told.values()}) == 3
+    assert "drawings at twice their size" in capsys.readouterr().out
+    rows = images.read_image(tmp_path / "sheet-again.png").unflatten(1, (4, side))
+    true, enlarged, none, predicted = rows[:, :, :, :side].unbind(1)
+    assert torch.equal(true, images.read_image(tmp_path / "large" / "train" / "0.png"))
+    drawing = generate.adapted_images(family, [Prompt(0, "3d peach")], 0, generate.adapted_sampling(family, 1))
+    z = checkpoints.load_predictor(predictor).complete(family.davae.encode_small(drawing))
+    assert (predicted - family.davae.decode(z)[0].clamp(-1, 1)).abs().max() < 0.01  # 8 bits
+    assert (enlarged - predicted).abs().max() > 0.05 < (none - predicted).abs().max()
+
+
+def test_pictures_too_small_to_compare_with_are_named(folder: Path, predictor: Path, options: list[str]) -> None:
+    words = ["--images", str(folder), "--predictor", str(predictor), *options]
+    with pytest.raises(DAVAEError, match=r"0\.png is 64 px, expected at least \d+, the size of --again"):
+        predicting.main([*words, "--captions", "3", "--again", "--steps", "1"])
+    with pytest.raises(DAVAEError, match="say how many as --captions"):
+        predicting.main([*words, "--again"])
 
 
 def test_painting_over_all_of_a_latent_is_drawing_anew_and_over_little_of_it_leaves_it(family: Family) -> None:
