@@ -108,7 +108,8 @@ def measure_known(
         rows = shown if number == 0 else ()
         runs[seed], _ = drawn.known(family, asked, seed, how, metrics, references, args.batch, rows)
         runs[seed]["mottle_ratio"] = runs[seed]["mottle"] / floor["mottle"] if floor["mottle"] else float("nan")
-    return {"count": len(asked), "floor": floor, "seeds": runs, "figures": over_seeds(runs)}
+    denoised = drawn.denoised(family, [one.picture for one in asked], args.batch)
+    return {"count": len(asked), "floor": floor, "seeds": runs, "figures": over_seeds(runs), "denoised": denoised}
 
 
 def measure_unknown(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..held_out import velocity_errors
+from ..held_out import TIMES, velocity_errors
 from ..metrics import psnr
 from ..perceptual import PerceptualDistance
 from ..sampling import Sampling
@@ -209,7 +209,9 @@ def true_features(
 
 
 @torch.no_grad()
-def losses(family: Family, pictures: Sequence[Picture], size: int) -> dict[str, dict[str, float]]:
+def losses(
+    family: Family, pictures: Sequence[Picture], size: int, times: Sequence[float] = TIMES
+) -> dict[str, dict[str, float]]:
     """Error of the predicted velocity on pictures, by noise level: of the adapted model's base and detail channels, and
     of the base model on the same base latents and noise. See :func:`~davae_core.held_out.velocity_errors`."""
     spec, side = family.latent, generate.image_size(family)
@@ -228,6 +230,16 @@ def losses(family: Family, pictures: Sequence[Picture], size: int) -> dict[str, 
     channels = slice(spec.base_channels)
     groups = {"base": channels, "detail": slice(spec.base_channels, None)}
     return {
-        "adapted": velocity_errors(adapted, latents, groups),
-        "base_model": velocity_errors(base, latents, {"base": channels}),
+        "adapted": velocity_errors(adapted, latents, groups, times),
+        "base_model": velocity_errors(base, latents, {"base": channels}, times),
+    }
+
+
+def denoised(family: Family, pictures: Sequence[Picture], size: int) -> dict[str, dict[str, float]]:
+    """Error of the latent that is predicted in one step, by noise level: that of :func:`losses` times the time squared.
+    At 1 it is what the model knows of a picture by its caption alone, without what a sampler adds."""
+    told = losses(family, pictures, size, (*TIMES, 1.0))
+    return {
+        model: {name: float(name.partition("/t")[2]) ** 2 * value for name, value in values.items() if "/t" in name}
+        for model, values in told.items()
     }

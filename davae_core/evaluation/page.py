@@ -85,19 +85,27 @@ def tables(measured: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], Ro
     if told := measured["held_out"]:
         title = f"Reconstruction of {told['count']} held-out pictures"
         yield title, ("", *told["reconstruction"]["davae"]), list(reconstruction.rows(told["reconstruction"]))
-        loss = told["loss"]
-        times = [name.partition("/")[2] for name in loss["adapted"] if name.startswith("base/")]
-        lines = {
-            "adapted model, base": (loss["adapted"], "base"),
-            "adapted model, detail": (loss["adapted"], "detail"),
-            "base model": (loss["base_model"], "base"),
-        }
-        rows = [
-            (title, *(number(values[f"{group}/{time}"]) for time in times), number(values[group]))
-            for title, (values, group) in lines.items()
-        ]
-        head = ("", *(time.replace("t", "t = ") for time in times), "mean")
-        yield f"Squared error of the velocity on {told['count']} held-out pictures, by noise level", head, rows
+        title = f"Squared error of the velocity on {told['count']} held-out pictures, by noise level"
+        yield title, *by_time(told["loss"])
+    told = measured["known"]
+    title = f"Squared error of the latent predicted in one step, {told['count']} known captions, by noise level"
+    yield title, *by_time(told["denoised"])
+
+
+def by_time(errors: Mapping[str, Mapping[str, float]]) -> tuple[Sequence[str], Rows]:
+    """Head and rows of errors by noise level, as :func:`~.drawn.losses` gives them."""
+    times = [name.partition("/")[2] for name in errors["adapted"] if name.startswith("base/")]
+    lines = {
+        "adapted model, base": (errors["adapted"], "base"),
+        "adapted model, detail": (errors["adapted"], "detail"),
+        "base model": (errors["base_model"], "base"),
+    }
+    rows: Rows = [
+        (title, *(number(values[name]) for name in (*(f"{group}/{time}" for time in times), group) if name in values))
+        for title, (values, group) in lines.items()
+    ]
+    mean = ["mean"] if "base" in errors["adapted"] else []
+    return ("", *(time.replace("t", "t = ") for time in times), *mean), rows
 
 
 def html(measured: Mapping[str, Any], known: Sequence[Shown], unknown: Sequence[Shown]) -> str:

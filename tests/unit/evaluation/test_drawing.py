@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from davae_core import images, perceptual
+from davae_core import flow, images, perceptual
 from davae_core.errors import DAVAEError
 from davae_core.evaluation import drawing, drawn, generate, page
 from davae_core.evaluation.drawn import Asked, Samplings, Shown
@@ -18,8 +18,9 @@ from davae_core.evaluation.family import Family
 from davae_core.evaluation.generate import Prompt
 from davae_core.evaluation.pictures import Picture, Pictures, references_of
 from davae_core.evaluation.references import References
+from davae_core.held_out import TIMES
 from davae_core.metrics import psnr
-from davae_core.sampling import Sampling
+from davae_core.sampling import Sampling, initial_noise
 
 CAPTIONS = ("3d peach", "flat peach", "3d rocket", "flat rocket")
 HOW = Samplings(Sampling(2.0, 2.0, 1), Sampling(steps=1))
@@ -102,6 +103,21 @@ def test_the_loss_of_the_base_model_is_that_of_its_own_channels(family: Family, 
     assert told["adapted"]["images"] == 3 and told["adapted"]["base"] != told["base_model"]["base"]
 
 
+def test_what_one_step_predicts_at_each_noise_level(family: Family, asked: list[Asked]) -> None:
+    """From noise alone it is the noise less the velocity."""
+    told = drawn.denoised(family, [one.picture for one in asked], 2)
+    assert set(told["base_model"]) == {f"base/t{time:g}" for time in (*TIMES, 1.0)}
+    spec = family.latent
+    x = torch.stack([images.read_image(one.picture.path) for one in asked])
+    z = spec.normalise(family.davae.encode(x))
+    noise = initial_noise(0, range(len(z)), z.shape[1:])
+    for t in (0.5, 1.0):
+        noised = flow.add_noise(z, noise, torch.full((len(z),), t))
+        v = family.adapted(noised, torch.full((len(z),), t), *family.encode([one.prompt.caption for one in asked]))
+        error = (noised - t * v - z).square()[:, spec.base_channels :].mean()
+        assert told["adapted"][f"detail/t{t:g}"] == pytest.approx(float(error), rel=1e-3)
+
+
 def test_captions_are_known_or_unknown_and_have_their_place_among_the_references(folder: Path) -> None:
     train = [Picture(folder / "train" / f"{i}.png", CAPTIONS[i]) for i in range(3)]
     out = [Picture(folder / "held_out" / "3.png", CAPTIONS[3]), train[1]]
@@ -160,6 +176,7 @@ def test_the_command_writes_figures_and_a_page_that_holds_everything(
     assert told["known"]["floor"]["psnr"] > 0 and told["weights"].keys() >= {"model", "adapter"}
     said = capsys.readouterr().out
     assert re.search(r"known captions: PSNR, dB +\d.* FAIL", said), "random weights do not draw"
+    assert "predicted in one step, 3 known captions" in said and told["known"]["denoised"]["adapted"]["detail/t1"] > 0
     text = html.read_text()
     assert 'class="FAIL"' in text and not re.search(r"(src|href)=.(?!data:)", text)
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
