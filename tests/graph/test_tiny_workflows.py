@@ -17,8 +17,8 @@ from harness.headless import HeadlessComfy
 from harness.result import Result
 
 SAVED = {
-    "tiny_256": ["256 px"],
     "tiny_davae": ["With DA-VAE"],
+    "tiny_256": ["256 px"],  # samples as the one before, whose result is kept
     "tiny_detail_strength": [f"Detail strength {value}" for value in ("0", "0.5", "1", "1.5")],
     "tiny_fast": ["1 step", "2 steps", "4 steps", "8 steps", "30 steps, without the LoRA"],
     "tiny_from_base": ["Twice the size"],
