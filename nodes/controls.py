@@ -51,7 +51,8 @@ class RerollDetail(io.ComfyNode):
     ) -> io.NodeOutput:
         spec, z = comfy_bridge.latent_spec(model), samples["samples"]
         comfy_bridge.require_channels(spec, tuple(z.shape))
-        latent = {"noise_mask": torch.ones(1, 1, *z.shape[2:]), **samples}
+        latent = samples.copy()
+        latent.setdefault("noise_mask", torch.ones(1, 1, *z.shape[2:]))
         if mask is not None:
             latent["noise_mask"] = noise_mask(mask, samples, spec)
         return io.NodeOutput(comfy_bridge.keep_base(model), latent)
@@ -99,7 +100,9 @@ class SwapBase(io.ComfyNode):
     ) -> io.NodeOutput:
         spec, z = davae.latent if davae else LatentSpec(), samples["samples"]
         require_davae_latent(z, spec)
-        return io.NodeOutput({**samples, "samples": with_base(z, base_latent["samples"], spec)})
+        latent = samples.copy()
+        latent["samples"] = with_base(z, base_latent["samples"], spec)
+        return io.NodeOutput(latent)
 
 
 NODES = [RerollDetail, SwapBase]

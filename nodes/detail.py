@@ -25,9 +25,9 @@ def size_multiple(spec: LatentSpec) -> int:
     return spec.factor * PATCH
 
 
-def latent_dict(samples: torch.Tensor, spec: LatentSpec, **extra: object) -> Latent:
+def latent_dict(samples: torch.Tensor, spec: LatentSpec) -> Latent:
     """A LATENT; newer ComfyUI reads the spatial factor of empty ones."""
-    return {"samples": samples, "downscale_ratio_spacial": spec.factor, **extra}
+    return {"samples": samples, "downscale_ratio_spacial": spec.factor}
 
 
 def fit(image: torch.Tensor, spec: LatentSpec, rule: str, mode: str = "replicate") -> torch.Tensor:
@@ -142,11 +142,13 @@ class DetailEncode(io.ComfyNode):
         if z_base is not None:
             require_base_of(z_base, pixels, spec)
         samples = davae.encode(pixels, z_base)
-        extra: Latent = padding.remembered(samples, size, spec, size_multiple(spec)) if size_rule == "pad" else {}
+        latent = latent_dict(samples, spec)
+        if size_rule == "pad":
+            latent = padding.padded_latent(latent, size, size_multiple(spec))
         if mask is not None:
-            extra["noise_mask"] = fit_mask(mask, size, spec, size_rule)
+            latent["noise_mask"] = fit_mask(mask, size, spec, size_rule)
         base = {"samples": samples[:, : spec.base_channels].clone()}
-        return io.NodeOutput(latent_dict(samples, spec, **extra), base)
+        return io.NodeOutput(latent, base)
 
 
 class DetailDecode(io.ComfyNode):

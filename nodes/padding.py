@@ -1,12 +1,14 @@
-"""The padding of a LATENT: remembered beside it when it is encoded, found again when it is decoded.
+"""The padding of a LATENT: remembered beside it when it is encoded, cut off again when it is decoded.
 
-Other nodes change a LATENT's samples and copy what lies beside them as it is, so the memory says what it belongs to:
-the padded size, and a thumbnail of each picture. A latent that was rotated, mirrored or scaled since is recognised by
-them, and one that was cropped, joined with another or put into a batch with others is, too: nothing is cut off it.
+Other nodes copy a LATENT and put other samples into the copy. A LATENT with padding sees that, and follows: what was
+rotated, mirrored, scaled evenly, repeated, taken out of a batch or sampled anew still has its padding, elsewhere
+perhaps; what was cropped, joined with another or stretched is no longer the picture that was padded, and nothing is cut
+off it.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -17,9 +19,8 @@ from ..davae_core.latent import LatentSpec
 from ..davae_core.sizes import both_sides, round_up
 
 KEY = "davae_padding"
-THUMBNAIL = 8  # cells a side
-ALIKE = 0.4  # correlation of two thumbnails from which on they show one picture, sampled or not
-CLEARLY = 0.5  # more of it, for a latent to count as turned over
+CELLS = 8  # a side, of what two sizes of a latent are compared by
+ALIKE = 0.4  # correlation from which on they are two sizes of one latent
 
 
 class Box(NamedTuple):
@@ -71,69 +72,107 @@ class Padding:
     Attributes:
         box: the picture in the padded image.
         size: (height, width) of the padded image.
-        pictures: thumbnails ``[B, cells]``.
+        shape: (height, width) of the samples that this is about.
+        known: for each of them whether it is a picture that was padded, and all of it.
     """
 
     box: Box
     size: tuple[int, int]
-    pictures: torch.Tensor
+    shape: tuple[int, int]
+    known: tuple[bool, ...]
+
+    def after(self, before: Any, samples: Any) -> "Padding":
+        """What is remembered when ``samples`` take the place of ``before``."""
+        shape, then = (tuple(getattr(z, "shape", ())) for z in (samples, before))
+        if len(shape) != 4 or len(then) != 4 or shape[1] != then[1]:
+            return replace(self, known=())
+        changed = replace(self, shape=shape[2:])
+        if shape[2:] == then[2:] and shape[0] != then[0]:
+            origins = [next((i for i, old in enumerate(before) if same(old, new)), None) for new in samples]
+            return replace(changed, known=tuple(i is not None and self.known[i] for i in origins))
+        turn = turned(before, samples)
+        if turn is None:
+            return replace(changed, known=(False,) * len(samples))
+        return replace(changed, box=turn.of_box(self.box, self.size), size=turn.of_size(self.size))
 
 
-def remembered(z: torch.Tensor, size: tuple[int, int], spec: LatentSpec, multiple: int) -> dict[str, Any]:
-    """What to put beside the latent ``z`` of an image of this (height, width), padded to multiples of pixels."""
+class PaddedLatent(dict):
+    """A LATENT whose padding follows its samples."""
+
+    def copy(self) -> "PaddedLatent":
+        return PaddedLatent(self)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "samples" and key in self and isinstance(self.get(KEY), Padding):
+            super().__setitem__(KEY, self[KEY].after(self[key], value))
+        super().__setitem__(key, value)
+
+    def update(self, other: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any) -> None:
+        for key, value in dict(other, **more).items():
+            self[key] = value
+
+
+def padded_latent(latent: dict[str, Any], size: tuple[int, int], multiple: int) -> dict[str, Any]:
+    """The LATENT of an image of this (height, width), padded to multiples of pixels: itself where none was needed."""
     padded = (round_up(size[0], multiple), round_up(size[1], multiple))
     if padded == size:
-        return {}
+        return latent
     top, left = (both_sides(b - a)[0] for a, b in zip(size, padded, strict=True))
-    return {KEY: Padding(Box(top, left, *size), padded, thumbnails(z, spec).flatten(1))}
+    count, _, height, width = latent["samples"].shape
+    return PaddedLatent({**latent, KEY: Padding(Box(top, left, *size), padded, (height, width), (True,) * count)})
 
 
 def picture_box(latent: dict[str, Any], spec: LatentSpec) -> Box:
     """Where the picture is in the image that a LATENT is decoded to: all of it, less padding that is known."""
     z, padding = latent["samples"], latent.get(KEY)
     height, width = (side * spec.factor for side in z.shape[2:])
-    everything = Box(0, 0, height, width)
     if not isinstance(padding, Padding):
-        return everything
-    turn = _turn(z, padding, spec)
-    if turn is None:
+        return Box(0, 0, height, width)
+    if (padding.shape, len(padding.known)) != (tuple(z.shape[2:]), len(z)) or not all(padding.known):
         logging.warning(
             "DA-VAE: the LATENT was cropped, stretched, joined or put into a batch with others after Detail Encode had "
             "padded it; nothing is cut off"
         )
-        return everything
-    scale = height / turn.of_size(padding.size)[0]
-    return Box(*(round(side * scale) for side in turn.of_box(padding.box, padding.size)))
+        return Box(0, 0, height, width)
+    down, across = height / padding.size[0], width / padding.size[1]
+    top, left, rows, columns = padding.box
+    return Box(round(top * down), round(left * across), round(rows * down), round(columns * across))
 
 
-def _turn(z: torch.Tensor, padding: Padding, spec: LatentSpec) -> Turn | None:
-    """How the pictures were turned since they were padded; None where they are not those pictures as a whole."""
-    now = (z.shape[2] * spec.factor, z.shape[3] * spec.factor)
-    fitting = [turn for turn in TURNS if _in_proportion(now, turn.of_size(padding.size))]
-    if not fitting:
+def turned(before: torch.Tensor, after: torch.Tensor) -> Turn | None:
+    """How as many pictures lie in ``after`` as they did ``before``: turned over, exactly; or as they were, of the same
+    size or scaled evenly. None where they are not whole, or stretched."""
+    if len(before) != len(after):
         return None
-    found = thumbnails(z, spec)
-    alike = {turn: _likeness(found, padding.pictures, turn) for turn in fitting}  # for each picture
-    best = max(fitting, key=lambda turn: float(alike[turn].mean()))
-    if AS_IT_WAS in alike and float(alike[best].mean() - alike[AS_IT_WAS].mean()) < CLEARLY:
-        best = AS_IT_WAS
-    unchanged = len(found) == len(padding.pictures) and now == best.of_size(padding.size)
-    # Another size may be a part of the pictures, or several side by side, and another batch may hold others: only what
-    # looks like them is known to be them.
-    return best if unchanged or float(alike[best].min()) >= ALIKE else None
+    exactly = [turn for turn in TURNS if same(turn.of(before), after)]
+    if exactly:
+        return exactly[0]
+    return AS_IT_WAS if before.shape == after.shape or scaled(before, after) else None
 
 
-def _in_proportion(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[0] * b[1] == a[1] * b[0]
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal, number by number."""
+    return a.shape == b.shape and (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
 
 
-def _likeness(found: torch.Tensor, pictures: torch.Tensor, turn: Turn) -> torch.Tensor:
-    """``[B]``: the correlation of each thumbnail with the likest of those remembered, turned."""
-    then = turn.of(pictures.view(len(pictures), *found.shape[1:])).flatten(1)
-    return (found.flatten(1) @ then.T).amax(dim=1)
+def scaled(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether ``[B, C, h, w]`` are two sizes of the same pictures, in proportion up to rounding; not one a part of the
+    other."""
+    sides = list(zip(before.shape[2:], after.shape[2:], strict=True))
+    in_proportion = max((b - 1) / a for a, b in sides) < min((b + 1) / a for a, b in sides)
+    if not in_proportion or within(before, after) or within(after, before):
+        return False
+    cells = [min(CELLS, a, b) for a, b in sides]
+    small, then = (F.adaptive_avg_pool2d(z.float().cpu(), cells).flatten(2) for z in (after, before))
+    small, then = (F.normalize((z - z.mean(dim=2, keepdim=True)).flatten(1), dim=1) for z in (small, then))
+    return float((small * then).sum(dim=1).min()) >= ALIKE
 
 
-def thumbnails(z: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
-    """``[B, C, 8, 8]`` of the base channels, of mean 0 in each channel and length 1 in all."""
-    small = F.adaptive_avg_pool2d(z[:, : spec.base_channels].float(), THUMBNAIL).cpu()
-    return F.normalize((small - small.mean(dim=(2, 3), keepdim=True)).flatten(1), dim=1).view_as(small)
+def within(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether ``part`` is a rectangle of ``whole``, number by number."""
+    height, width = part.shape[2:]
+    down, across = whole.shape[2] - height + 1, whole.shape[3] - width + 1
+    if down < 1 or across < 1 or (part.dtype, part.device) != (whole.dtype, whole.device):
+        return False
+    corners = (whole[:, :, :down, :across] == part[:, :, :1, :1]).flatten(0, 1).all(dim=0)
+    return any(same(whole[:, :, y : y + height, x : x + width], part) for y, x in corners.nonzero().tolist())
