@@ -10,6 +10,7 @@ from ..davae_core.errors import LatentError
 from ..davae_core.latent import LatentSpec, with_zero_detail
 from ..davae_core.sizes import crop_to_multiple, pad_to_multiple, round_up
 from . import comfy_bridge, padding
+from .choices import require_choice
 from .loaders import CATEGORY, DAVAESocket
 
 Latent = dict[str, Any]
@@ -18,6 +19,7 @@ FULL = "full"  # the joint decoder itself
 
 # Latents of the DiT are cut into patches of 2 x 2, so an image needs twice the autoencoder's factor.
 PATCH = 2
+SIZE_RULES = ("pad", "crop")
 
 
 def size_multiple(spec: LatentSpec) -> int:
@@ -100,7 +102,7 @@ class DetailEncode(io.ComfyNode):
                 DAVAESocket.Input("davae", tooltip="From the DA-VAE Loader."),
                 io.Combo.Input(
                     "size_rule",
-                    options=["pad", "crop"],
+                    options=list(SIZE_RULES),
                     default="pad",
                     tooltip="For sizes that are no multiple of 32. pad: continue the image equally on both sides; "
                     "Detail Decode cuts that off again. crop: cut equally from both sides.",
@@ -136,6 +138,7 @@ class DetailEncode(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         require_image(image)
+        require_choice("size_rule", size_rule, SIZE_RULES)
         spec, size = davae.latent, (image.shape[1], image.shape[2])
         pixels = fit(image[..., :3], spec, size_rule)
         z_base = None if base_latent is None else base_latent["samples"]

@@ -45,7 +45,7 @@ class FewStepsLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None) -> bool | str:
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
         return comfy_bridge.check_file("loras", lora_name)
 
     @classmethod

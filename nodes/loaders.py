@@ -4,8 +4,8 @@ import torch
 from comfy_api.latest import io
 
 from ..davae_core import checkpoints
-from ..davae_core.errors import DAVAEError, quoted
 from . import comfy_bridge
+from .choices import require_choice
 
 CATEGORY = "DA-VAE"
 DAVAESocket = io.Custom("DAVAE")
@@ -14,8 +14,7 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": t
 
 def weights_dtype(name: str) -> torch.dtype | None:
     """The dtype of the widget, None for "auto"; a DAVAEError for what only a link can bring."""
-    if name not in DTYPES:
-        raise DAVAEError(f"the dtype is {quoted(name)}, expected one of {', '.join(DTYPES)}")
+    require_choice("dtype", name, DTYPES)
     return DTYPES[name]
 
 
@@ -54,7 +53,7 @@ class DAVAELoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, davae_name: str | None) -> bool | str:
+    def validate_inputs(cls, davae_name: str | None = None) -> bool | str:
         return comfy_bridge.check_file("vae", davae_name)
 
     @classmethod
@@ -100,7 +99,7 @@ class DAVAEAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str | None) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None = None) -> bool | str:
         return comfy_bridge.check_file("loras", adapter_name)
 
     @classmethod
@@ -141,7 +140,7 @@ class DAVAEModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str | None) -> bool | str:
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
         return comfy_bridge.check_file("diffusion_models", model_name)
 
     @classmethod

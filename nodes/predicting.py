@@ -43,7 +43,7 @@ class PredictDetail(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, predictor_name: str | None) -> bool | str:
+    def validate_inputs(cls, predictor_name: str | None = None) -> bool | str:
         return comfy_bridge.check_file(KIND, predictor_name)
 
     @classmethod

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from . import comfy_bridge
+from .choices import require_choice
 from .detail import EmptyLatent, Latent
 from .loaders import CATEGORY
 
@@ -104,7 +105,7 @@ class AdaptedSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str | None) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None = None) -> bool | str:
         return adapter_name == NO_ADAPTER or comfy_bridge.check_file("loras", adapter_name)
 
     @classmethod
@@ -129,6 +130,8 @@ class AdaptedSampler(io.ComfyNode):
         height: int,
         latent: Latent | None = None,
     ) -> io.NodeOutput:
+        require_choice("sampler_name", sampler_name, comfy_bridge.sampler_names())
+        require_choice("scheduler", scheduler, comfy_bridge.scheduler_names())
         if adapter_name != NO_ADAPTER:
             model = comfy_bridge.adapted(model, adapter_name)
         spec = comfy_bridge.latent_spec(model, ", or choose an adapter file in this node")

@@ -10,7 +10,7 @@ from ...davae_core.adapter import Recommended
 from ...davae_core.errors import DAVAEError, LatentError
 from ...davae_core.history import History
 from ...davae_core.latent import LatentSpec
-from . import bypass
+from . import bypass, merges
 from .finite import note_nan
 from .history import note_sampled
 from .latent_format import latent_format, require_channels
@@ -41,6 +41,7 @@ class AdaptedSD3(comfy.model_base.SD3):
         patcher = getattr(self, "current_patcher", None)  # the one that is sampled with
         if patcher is not None:
             bypass.require_fitting(patcher)
+            merges.require_fitting(patcher)
         check_conditioning(self, kwargs.get("cross_attn"), kwargs.get("pooled_output"))
         if kwargs.get("control") is not None:
             raise DAVAEError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from ...davae_core.autoencoder import Autoencoder, AutoencoderConfig
+from ...davae_core.davae import DAVAE
 from ...davae_core.errors import LatentError
 from .history import note_decoded
 from .memory import Ways
@@ -128,6 +130,40 @@ class BaseStage(Stage):
         return self.handle.base_decoding(shape[2], shape[3])
 
 
+class FaceVAE(comfy.sd.VAE):
+    """ComfyUI's VAE object around a face of ours; a copy that is moved to another device keeps the face."""
+
+    @property
+    def first_stage_model(self) -> Stage:
+        """The face."""
+        return self.__dict__["stage"]
+
+    @first_stage_model.setter
+    def first_stage_model(self, model: nn.Module) -> None:
+        if isinstance(model, DAVAE):  # as newer ComfyUI does for another device, from the patcher
+            stage = self.__dict__["stage"]
+            model = type(stage)(replace(stage.handle, model=model, patcher=self.patcher))
+        self.__dict__["stage"] = model
+
+    def memory_used_encode(self, shape: Any, *_: Any) -> int:  # type: ignore[override]
+        """Bytes that encoding takes beside the weights."""
+        return self.first_stage_model.encoding(tuple(shape)).need()
+
+    def memory_used_decode(self, shape: Any, *_: Any) -> int:  # type: ignore[override]
+        """Bytes that decoding takes beside the weights."""
+        return self.first_stage_model.decoding(tuple(shape)).need()
+
+    def _tile_bounded_shape(self, shape: Any, *_: Any) -> list[int]:
+        """Newer ComfyUI counts one tile; strips are of the whole width."""
+        return list(shape)
+
+    def encode_tiled_(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.first_stage_model.encode_tiled(*args, **kwargs)
+
+    def decode_tiled_(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.first_stage_model.decode_tiled(*args, **kwargs)
+
+
 def stock_vae(stage: Stage) -> comfy.sd.VAE:
     """ComfyUI's VAE object around a face of ours.
 
@@ -135,6 +171,9 @@ def stock_vae(stage: Stage) -> comfy.sd.VAE:
     what concerns our model is replaced.
     """
     handle, vae = stage.handle, _minute_vae()
+    for name in ("first_stage_model", "memory_used_encode", "memory_used_decode"):  # the class has them
+        vae.__dict__.pop(name)
+    vae.__class__ = FaceVAE
     vae.first_stage_model = stage
     vae.patcher = handle.patcher
     vae.vae_dtype = handle.dtype
@@ -143,9 +182,6 @@ def stock_vae(stage: Stage) -> comfy.sd.VAE:
     vae.downscale_ratio = vae.upscale_ratio = stage.factor
     vae.disable_offload = True  # our layers are ordinary torch layers, which cannot be loaded one by one
     vae.size = comfy.model_management.module_size(handle.model)
-    vae.memory_used_encode = lambda shape, *_: stage.encoding(tuple(shape)).need()
-    vae.memory_used_decode = lambda shape, *_: stage.decoding(tuple(shape)).need()
-    vae.encode_tiled_, vae.decode_tiled_ = stage.encode_tiled, stage.decode_tiled
     return vae
 
 

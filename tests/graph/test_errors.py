@@ -17,6 +17,41 @@ def decode(g, toys, samples):
     return g.node("DAVAE_DetailDecode", samples=samples, davae=toys.davae(g)[2], detail_strength=1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("sampler_name", "eulr"), ("scheduler", "simpel"), ("scheduler", 5), ("size_rule", "Crop")]
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_misspelt_value_of_a_list_is_named(fails, toys, picture, name, value, linked):
+    """ComfyUI 0.3.75 does not check them in our nodes, and no ComfyUI checks what comes over a link."""
+
+    def build(g):
+        given = {name: g.node("HarnessConstant", key="value") if linked else value}
+        if name == "size_rule":
+            image = g.node("HarnessConstant", key="image")
+            return g.node("DAVAE_DetailEncode", image=image, davae=toys.davae(g)[2], **given)
+        return toys.sampler(g, toys.adapter(g, toys.model(g)), **given)
+
+    message = fails(build, inputs={"image": picture, "value": value})
+    assert str(value) in message and name in message
+
+
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        ("DAVAE_Loader", "davae_name"), ("DAVAE_Adapter", "adapter_name"), ("DAVAE_ModelLoader", "model_name"),
+        ("DAVAE_FewSteps", "lora_name"), ("DAVAE_PredictDetail", "predictor_name"), ("DAVAE_Sampler", "adapter_name"),
+    ],
+)  # fmt: skip
+def test_a_prompt_without_the_file_is_told_which_input_is_missing(fails, toys, node, name):
+    def build(g):
+        made = toys.sampler(g, toys.model(g)) if node == "DAVAE_Sampler" else g.node(node)
+        g.prompt[made.id]["inputs"].pop(name, None)
+        return made
+
+    message = fails(build)
+    assert "Required input is missing" in message and name in message and "validate_inputs" not in message
+
+
 def test_an_ordinary_latent_in_detail_decode(fails, toys):
     message = fails(lambda g: decode(g, toys, g.node("EmptySD3LatentImage", width=64, height=64, batch_size=1)))
     assert "16 channels" in message and "32 (16 base + 16 detail)" in message and "Base to DA-VAE Latent" in message

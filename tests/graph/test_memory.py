@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -111,6 +112,54 @@ def test_comfyui_is_asked_for_what_will_be_used(memory, monkeypatch):
         monkeypatch.setattr(management, "get_free_memory", lambda *_, _free=free, **__: _free)
         assert memory.handle.decoding(128, 128).need() == asked
         assert vae.memory_used_decode(shape, torch.float32) == asked
+
+
+@pytest.mark.parametrize("node", ["VAEDecode", "VAEDecodeTiled", "VAEEncode", "VAEEncodeTiled"])
+def test_tiled_nodes_ask_for_the_strips_that_run_and_not_for_a_tile(run, memory, picture, monkeypatch, node):
+    """Newer ComfyUI counts the memory of one tile; ours are strips of the whole picture, whatever the tile size."""
+    import comfy.model_management as management
+
+    vae, asked, load = memory.handle.stock_vae(), [], management.load_models_gpu
+
+    def spy(models, memory_required=0, **rest):
+        asked.append(memory_required)
+        return load(models, memory_required, **rest)
+
+    z = {"samples": vae.encode(picture)}
+    monkeypatch.setattr(management, "load_models_gpu", spy)
+    tiles = {"tile_size": 64, "overlap": 0, "temporal_size": 8, "temporal_overlap": 4} if "Tiled" in node else {}
+    given = {"samples": "z"} if "Decode" in node else {"pixels": "image"}
+
+    def build(g):
+        ours = {name: g.node("HarnessConstant", key=key) for name, key in (*given.items(), ("vae", "vae"))}
+        return {"x": g.node(node, **ours, **tiles)}
+
+    run(build, inputs={"vae": vae, "z": z, "image": picture})
+    height, width = picture.shape[1:3]
+    rows, columns = z["samples"].shape[2:]
+    ways = memory.handle.decoding(rows, columns) if "Decode" in node else memory.handle.encoding(height, width)
+    assert min(asked) >= min(way.bytes for way in ways.ways)
+
+
+def test_a_vae_that_is_given_another_device_keeps_its_face(run, memory, picture):
+    """As Select VAE Device of newer ComfyUI does it: a copy with another patcher, whose model becomes the VAE's."""
+    handle = memory.handle
+    for vae in (handle.stock_vae(), handle.base_vae()):
+        expected = vae.encode(picture)
+        moved = copy.copy(vae)
+        moved.patcher = vae.patcher.clone()
+        moved.first_stage_model = moved.patcher.model
+        assert torch.equal(moved.encode(picture), expected) and torch.equal(
+            moved.decode(expected), vae.decode(expected)
+        )
+        assert moved.first_stage_model.handle.patcher is moved.patcher
+        assert vae.first_stage_model.handle.patcher is vae.patcher
+    vae = handle.stock_vae()
+    moved, z = copy.copy(vae), vae.encode(picture)
+    moved.first_stage_model = moved.patcher.model
+    with torch.no_grad(), memory.ends(OOM["cuda"]) as gone:
+        assert (moved.encode(picture) - z).abs().max() <= 1e-4
+    assert "encode_tiled 64" in gone
 
 
 def test_every_catch_of_a_lack_of_memory_goes_through_one_function(comfy):
