@@ -87,7 +87,7 @@ class JointStage(Stage):
         self.channels, self.factor = handle.latent.channels, handle.latent.factor
 
     def encoding(self, shape: tuple[int, ...]) -> Ways:
-        require_images(shape)
+        require_images(shape, self.factor)
         return self.handle.encoding(shape[2], shape[3])
 
     def decoding(self, shape: tuple[int, ...]) -> Ways:
@@ -116,7 +116,7 @@ class BaseStage(Stage):
         return {name.removeprefix("base_"): tensor for name, tensor in state.items() if name.startswith("base_")}
 
     def encoding(self, shape: tuple[int, ...]) -> Ways:
-        require_images(shape)
+        require_images(shape, self.factor)
         return self.handle.base_encoding(shape[2], shape[3])
 
     def decoding(self, shape: tuple[int, ...]) -> Ways:
@@ -190,12 +190,16 @@ def one_by_one(function: Callable[..., torch.Tensor], batch: torch.Tensor) -> to
     return torch.cat([function(part) for part in batch.split(1)])
 
 
-def require_images(shape: tuple[int, ...]) -> None:
-    """Raise LatentError unless this is the shape ``[B, 3, H, W]`` of a batch of images."""
+def require_images(shape: tuple[int, ...], factor: int) -> None:
+    """Raise LatentError unless this is the shape ``[B, 3, H, W]`` of a batch of images, cut to multiples of ``factor``."""
     if len(shape) != 4 or not shape[0]:
         raise LatentError(
             f"the images have shape {list(shape)}, expected [batch, 3, height, width] with at least one image: an "
             "empty batch or a video cannot be encoded"
+        )
+    if not all(shape):
+        raise LatentError(
+            f"the image is smaller than {factor} x {factor} px, one pixel of the latent; give a larger one"
         )
 
 

@@ -170,6 +170,14 @@ def test_every_catch_of_a_lack_of_memory_goes_through_one_function(comfy):
     assert files == ["comfy_bridge/memory.py"]
 
 
+@pytest.mark.parametrize(("which", "factor"), [(0, 16), (1, 8)])
+def test_a_picture_smaller_than_a_pixel_of_the_latent_is_named(fails, toys, picture, which, factor):
+    def build(g):
+        return g.node("VAEEncode", pixels=g.node("HarnessConstant", key="image"), vae=toys.davae(g)[which])
+
+    assert f"smaller than {factor} x {factor} px" in fails(build, inputs={"image": picture[:, : factor - 1]})
+
+
 def test_an_empty_batch_and_a_video_are_named(memory, picture):
     handle = memory.handle
     vae, base_vae = handle.stock_vae(), handle.base_vae()
