@@ -191,7 +191,7 @@ def one_by_one(function: Callable[..., torch.Tensor], batch: torch.Tensor) -> to
 
 
 def require_images(shape: tuple[int, ...], factor: int) -> None:
-    """Raise LatentError unless this is the shape ``[B, 3, H, W]`` of a batch of images, cut to multiples of ``factor``."""
+    """Raise LatentError unless this is the shape ``[B, 3, H, W]`` of a batch of images, cut to multiples of factor."""
     if len(shape) != 4 or not shape[0]:
         raise LatentError(
             f"the images have shape {list(shape)}, expected [batch, 3, height, width] with at least one image: an "
