@@ -5,6 +5,7 @@ where adapters can be made for it, the names of what an adapter changes in that 
 entry of :data:`BASES`; an adapter for another kind of diffusion model also takes that model's own modules.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 from .autoencoder import AutoencoderConfig
 from .errors import DAVAEError
 
-BASE_KEY = "davae.base"  # in the metadata of a VAE's file: a key of BASES
+BASE_KEY = "davae.base"  # in the metadata of a VAE's file: a key of BASES, or OWN_UNITS with shift and scale
+OWN_UNITS = "units:"  # before "SHIFT,SCALE": the name of a base that is none of BASES and states its units
 ARCHITECTURE_KEY = "modelspec.architecture"
 
 
@@ -157,15 +159,19 @@ def base_of(config: AutoencoderConfig, name: str = "", metadata: Mapping[str, st
     Args:
         config: the VAE's shapes.
         name: key of :data:`BASES`; "" leaves it to the file.
-        metadata: of the VAE's file: ``davae.base`` (a key), or else ``modelspec.architecture``.
+        metadata: of the VAE's file: ``davae.base`` (a key, or :data:`OWN_UNITS`), or else ``modelspec.architecture``.
 
     Returns:
-        The base; one of no name, whose units have to be measured, for a VAE whose shapes are none of the table's.
+        The base; one of no name, whose units have to be measured, for a VAE whose shapes are none of the table's; one
+        that is named by its units where those are all that is stated of it.
 
     Raises:
         DAVAEError: nothing is named and the shapes fit several bases (SD1 and SDXL), or what is named does not fit.
     """
     if named := name or base_named(metadata or {}):
+        if units := _own_units(named):
+            shape = config.latent_channels, config.factor, config.quant_conv
+            return Base(named, "an unknown model", *shape, units)
         if named not in BASES:
             raise DAVAEError(f"there is no base model {named!r}, expected one of {', '.join(BASES)}")
         if not BASES[named].fits(config):
@@ -205,6 +211,23 @@ def of_units(channels: int, shift: object, scale: object) -> Base | None:
     return next((b for b in BASES.values() if (b.latent_channels, b.normalisation) == (channels, (shift, scale))), None)
 
 
+def name_of_units(channels: int, shift: float, scale: float) -> str:
+    """What :func:`base_of` knows a VAE's stated units by: a key of :data:`BASES`, or :data:`OWN_UNITS` with them."""
+    known = of_units(channels, shift, scale)
+    return known.name if known else f"{OWN_UNITS}{shift},{scale}"
+
+
+def _own_units(name: str) -> tuple[float, float] | None:
+    """The shift and scale that a name written by :func:`name_of_units` holds; None for any other name."""
+    if not name.startswith(OWN_UNITS):
+        return None
+    try:
+        shift, scale = map(float, name.removeprefix(OWN_UNITS).split(","))
+    except ValueError:
+        return None
+    return (shift, scale) if math.isfinite(shift) and 0 < scale < math.inf else None
+
+
 def base_named(metadata: Mapping[str, str]) -> str:
     """The base that a file's metadata names, or ""."""
     if BASE_KEY in metadata:
@@ -218,9 +241,9 @@ def base_by_file_name(config: AutoencoderConfig, file: str) -> str:
 
     Args:
         config: the VAE's shapes.
-        file: the name with or without its ending, such as ``flux_vae.safetensors``.
+        file: the name with or without its ending, such as ``flux_vae.safetensors`` or ``ae.sft``.
     """
-    stem = file.lower().removesuffix(".safetensors")
+    stem = file.lower().removesuffix(".safetensors").removesuffix(".sft")
     told = [b.name for b in BASES.values() if b.file_names and b.fits(config) and re.search(b.file_names, stem)]
     return told[0] if len(told) == 1 else ""
 

@@ -1,5 +1,6 @@
 """What every command line of this package does around its work."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ def run(main: Callable[[], object]) -> None:
 
     What a person can put right is said without a traceback and exits with 2; Ctrl-C exits with 130.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a title in letters that the console's code page lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except DAVAEError as problem:

@@ -18,9 +18,10 @@ from .autoencoder import ResnetBlock
 from .errors import CheckpointError, LatentError
 from .history import History
 from .latent import LatentSpec
-from .shapes import dims
+from .shapes import dims, number_at, numbered
 
 GROUPS = 32
+MOST_BLOCKS = 128  # of a file; the published ones have 6
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class PredictorConfig:
         try:
             width, base, _, _ = dims(state, "conv_in.weight", 4)
             detail, _, _, _ = dims(state, "conv_out.weight", 4)
+            found = {number_at(name, 1) for name in state if name.startswith("blocks.")}
+            blocks = numbered(found, "residual blocks", MOST_BLOCKS)
         except CheckpointError as problem:
             raise CheckpointError(f"not a detail predictor: {problem}") from problem
-        blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         if width % GROUPS or not base or detail % base:
             raise CheckpointError(
                 f"damaged detail predictor: from {base} to {detail} channels by {width} inside; expected a multiple of "

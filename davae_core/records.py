@@ -7,9 +7,11 @@ written when all are there.
 
 import hashlib
 import json
+import logging
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,17 @@ from safetensors import safe_open
 
 from . import atomic
 from .checkpoints import files, foreign_json
-from .errors import CheckpointError, DAVAEError, quoted, shortened
+from .errors import CheckpointError, DAVAEError, WriteError, quoted, shortened
+from .lock import holding
 
-INDEX = "index.json"
+INDEX, LOCK = "index.json", ".lock"
 FORMAT = 1
 SAMPLES, SAMPLE = 16, 1 << 20
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _NAME = re.compile(r"shard_(\d{6})\.safetensors")
 
 Record = Mapping[str, torch.Tensor]
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,6 +85,42 @@ def write(
     told = {"davae.kind": kind, "davae.about": json.dumps(about, sort_keys=True)}
     files.save(path, tensors, told | ({"davae.names": json.dumps(dict(names))} if names else {}))
     return path
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, no other process may add to the set in a folder. It is made, and removed where nothing is left in it.
+
+    Raises:
+        DAVAEError: another process is at work in it.
+        WriteError: it cannot be made or written to.
+    """
+    made = not folder.exists()
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / LOCK).open("ab").close()
+        except OSError as problem:
+            raise WriteError(f"{folder} cannot be written to ({problem}); --out names another folder") from problem
+        if made:
+            held.callback(_remove, folder.rmdir)  # leaves it where there is anything in it
+        try:
+            free = held.enter_context(holding(folder / LOCK))
+        except OSError as problem:
+            logger.warning("%s cannot be locked (%s): see to it that nothing else writes to it", folder, problem)
+            free = True
+        if not free:
+            raise DAVAEError(
+                f"another process is at work in {folder}: wait for its end and run this again, stop it, or choose "
+                "another folder (--out)"
+            )
+        held.callback(_remove, (folder / LOCK).unlink)
+        yield
+
+
+def _remove(remove: Callable[[], None]) -> None:
+    with suppress(OSError):
+        remove()
 
 
 def survey(folder: Path, kind: str, about: Mapping[str, Any]) -> Found:

@@ -1,16 +1,20 @@
 """Which base model the VAE in a file or folder is of, as far as the file tells: several bases have the same shapes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
+
+import torch
 
 from .. import bases
 from ..autoencoder import AutoencoderConfig
 from ..davae import DAVAEConfig
 from ..errors import DAVAEError
-from . import metadata
-from .opening import Opened
+from . import files, metadata
+from .opening import Opened, Part
 
 WITH_LATENT = ("autoencoder", "adapter", "few_step_lora", "model", "predictor", "tiny_decoder")
+HALF, TINY = 2**-7, 1e-6  # twice what bfloat16 rounds away, and what float16 keeps few digits of
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,25 @@ def vae_shape(opened: Opened) -> AutoencoderConfig | None:
     except DAVAEError:
         pass
     return None
+
+
+def base_told(opened: Opened, part: Part, family: str = "") -> bases.Base | None:
+    """The base that the plain VAE ``part`` of ``opened`` is said to be of, by ``family`` or by its file; None where
+    nobody says.
+
+    Raises:
+        DAVAEError: the VAE is damaged, or is not of the base that is named.
+    """
+    with files.naming(part.file):
+        config = AutoencoderConfig.from_state_dict(part.native.meta)
+        named = family or belonging(opened, config).name
+        return bases.base_of(config, named) if named else None
+
+
+def differing(encoder: Mapping[str, torch.Tensor], vae: Mapping[str, torch.Tensor]) -> list[str]:
+    """The tensors of ``encoder`` that ``vae`` does not have, or has with other values, half precision aside."""
+
+    def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+        return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=HALF, atol=TINY)
+
+    return [name for name, tensor in encoder.items() if name not in vae or not same(tensor, vae[name])]

@@ -5,21 +5,21 @@
 SRC is a file or folder; what it is, is told from names and shapes. DST is a file where SRC holds one model, and a
 folder with one file for each where it holds several (diffusion_model, vae, clip_l, clip_g, t5xxl; --part takes one).
 Everything is run in both layouts on the same input before anything is written. With --to diffusers, DST becomes a
-folder that diffusers loads.
+folder that diffusers loads. What the source is read from is never replaced, and other files only with --overwrite.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import atomic, command
 from ..adapter import Recommended
-from ..autoencoder import AutoencoderConfig
-from ..bases import BASE_KEY, BASES, SD3, Base, base_of, normalisation_by_shape
+from ..bases import BASE_KEY, BASES, SD3
 from ..errors import CheckpointError
 from ..history import History, identity
+from ..latent import LatentSpec
 from ..mmdit import MMDiTConfig
 from . import (
     authors_adapter,
@@ -30,10 +30,13 @@ from . import (
     lora,
     metadata,
     native,
+    outputs,
+    settings,
     tensors,
+    to_diffusers,
     verify,
 )
-from .belonging import WITH_LATENT, belonging
+from .belonging import WITH_LATENT, base_told, belonging
 from .opening import Opened, Part, open_any
 
 
@@ -43,16 +46,18 @@ def convert(args: argparse.Namespace) -> list[Path]:
     Raises:
         DAVAEError: the source cannot be converted; nothing was written.
     """
-    opened = open_any(args.src)
+    _recommended(args)
+    opened = open_any(args.src, most=None)
+    base = open_any(args.base, most=None) if args.base is not None else None
     print(f"{args.src}: {opened.detected.description}")
     for name, part in opened.parts.items():
         print(f"  {name}: {part.native.parameters:,} parameters, {part.native.bytes / 1e9:.2f} GB")
     if args.to == "diffusers":
-        return [_export(args, opened)]
+        return [_export(args, opened, base)]
     if opened.detected.kind == "authors autoencoder":
-        return [_authors_autoencoder(args, opened)]
+        return [_authors_autoencoder(args, opened, base)]
     if opened.detected.kind == "authors adapter":
-        return [_authors_adapter(args, opened)]
+        return [_authors_adapter(args, opened, base)]
     if opened.detected.kind in {*WITH_LATENT, "text_encoder"} - {"model"}:
         raise CheckpointError(f"{args.src} is {opened.detected.description}, a native file already")
     return _parts(args, opened)
@@ -61,14 +66,12 @@ def convert(args: argparse.Namespace) -> list[Path]:
 def _parts(args: argparse.Namespace, opened: Opened) -> list[Path]:
     """Every model of the source, or the one that is asked for, as a file of its own."""
     chosen = _chosen(args, opened)
-    if len(chosen) == 1 and args.dst.suffix == ".safetensors":
-        paths = {name: args.dst for name in chosen}
-    elif args.dst.suffix == ".safetensors":
+    if len(chosen) > 1 and files.is_safetensors(args.dst):
         raise CheckpointError(
             f"{args.src} holds {', '.join(chosen)}, which do not go into one file; name a folder, or one with --part"
         )
-    else:
-        paths = {name: args.dst / f"{name}.safetensors" for name in chosen}
+    paths = {name: _file(args, name) for name in chosen}
+    outputs.check(paths.values(), outputs.read_from(opened), args.overwrite)
     told = {name: _metadata(args, opened, name, part) for name, part in chosen.items()}
     for name, part in chosen.items():
         files.check_finite(part.native, part.file)
@@ -105,16 +108,32 @@ def _report(name: str, difference: float | None) -> None:
     print(f"  {name}: {compared}")
 
 
+def _about(args: argparse.Namespace, opened: Opened, name: str) -> metadata.About:
+    """What is told of a model of the source: by the command line, else by the source, which may hold several."""
+    folder = opened.path / export.PARTS.get(name, "")
+    own = next((file for file in opened.sources if file.parent == folder), None)
+    if own is not None:  # diffusers' layout, with a file or shards for each
+        about = metadata.about(opened.sources[own], own.name)
+    else:
+        about = metadata.about(opened.told, opened.path.name)
+        if len(opened.parts) > 1 and about.title:
+            about = replace(about, title=f"{about.title}: {name}")
+    return about.told(_given(args))
+
+
 def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -> dict[str, str]:
     """Metadata of a base model, or of a merged one where it speaks more channels than a base model does."""
-    plain = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": args.title or name, "format": "pt"}
+    about = _about(args, opened, name)
+    plain = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": name, "format": "pt", **about.metadata()}
     if name == "vae":
-        base = _base(args, opened, part)
+        base = base_told(opened, part, args.family)
         return plain | ({BASE_KEY: base.name} if base else {})
     if name != "diffusion_model":
         return plain
-    if metadata.kind_of(opened.told):
-        return dict(opened.told)
+    if metadata.kind_of(opened.told) == "model":
+        config = metadata.parse(opened.told, "model", opened.path.name)
+        latent, own = metadata.latent_of(config, opened.path.name)
+        return {**opened.told, **_merged(latent, metadata.recommended(own, _recommended(args)), about)}
     with files.naming(part.file):
         channels = MMDiTConfig.from_state_dict(part.native.meta).in_channels
     if channels in {base.latent_channels for base in BASES.values() if base.diffusion}:
@@ -127,35 +146,16 @@ def _metadata(args: argparse.Namespace, opened: Opened, name: str, part: Part) -
             "that belongs to it, or convert base model and adapter and merge them"
         )
     config = foreign_json.read(beside[0])
-    latent, recommended = metadata.latent_of(config, beside[0].name)
+    latent, own = metadata.latent_of(config, beside[0].name)
     if latent.channels != channels:
         raise CheckpointError(f"{beside[0]} tells of {latent.channels} channels, the model reads {channels}")
-    title = args.title or "DA-VAE merged model"
-    history = metadata.history_of(
-        {metadata.HISTORY: json.dumps(config["history"])} if "history" in config else {}, beside[0].name
-    )
-    by = {"title": title, "author": args.author, "licence": args.licence}
-    return metadata.build("model", metadata.latent_config(latent, recommended), **by, history=history)
+    about = metadata.about_json(config, beside[0].name).told(_given(args))
+    return _merged(latent, metadata.recommended(own, _recommended(args)), about)
 
 
-def _base(args: argparse.Namespace, opened: Opened, part: Part) -> Base | None:
-    """The base model that a plain VAE is said to be of, by --family or by its file; None where nobody says."""
-    with files.naming(part.file):
-        config = AutoencoderConfig.from_state_dict(part.native.meta)
-        named = args.family or belonging(opened, config).name
-        return base_of(config, named) if named else None
-
-
-def _open_question(part: Part) -> None:
-    """Say that the units of a VAE were told by its shapes, which several bases share."""
-    config = AutoencoderConfig.from_state_dict(part.native.meta)
-    fitting = [base for base in BASES.values() if base.fits(config)]
-    if len(fitting) > 1:
-        shift, scale = normalisation_by_shape(config)
-        print(
-            f"  vae: nothing tells whether it is of {' or of '.join(base.title for base in fitting)}; shift {shift:g} "
-            f"and scale {scale:g} were written. --family {'|'.join(base.name for base in fitting)} says which it is"
-        )
+def _merged(latent: LatentSpec, recommended: Recommended, about: metadata.About) -> dict[str, str]:
+    words = {**about.words, "title": about.title or "DA-VAE merged model"}
+    return metadata.build("model", metadata.latent_config(latent, recommended), **words, history=about.history)
 
 
 def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
@@ -170,17 +170,21 @@ def _statistics(args: argparse.Namespace, opened: Opened) -> Path:
 
 
 def _file(args: argparse.Namespace, name: str) -> Path:
-    return args.dst if args.dst.suffix == ".safetensors" else args.dst / f"{name}.safetensors"
+    return args.dst if files.is_safetensors(args.dst) else args.dst / f"{name}.safetensors"
+
+
+def _given(args: argparse.Namespace) -> dict[str, str]:
+    return {"title": args.title, "author": args.author, "licence": args.licence}
 
 
 def _words(args: argparse.Namespace, default: str) -> dict[str, Any]:
-    return {"title": args.title or default, "author": args.author, "licence": args.licence}
+    return {**_given(args), "title": args.title or default}
 
 
-def _authors_autoencoder(args: argparse.Namespace, opened: Opened) -> Path:
-    base = None
-    if args.base is not None:
-        given = open_any(args.base)
+def _authors_autoencoder(args: argparse.Namespace, opened: Opened, given: Opened | None) -> Path:
+    base, path, statistics = None, _file(args, "autoencoder"), _statistics(args, opened)
+    outputs.check([path], [*outputs.read_from(opened), *outputs.read_from(given), statistics], args.overwrite)
+    if given is not None:
         if "vae" not in given.parts:
             raise CheckpointError(f"{args.base} holds no VAE; name the SD3 VAE with --base")
         told = belonging(given)
@@ -191,34 +195,35 @@ def _authors_autoencoder(args: argparse.Namespace, opened: Opened) -> Path:
             )
         base = export.as_diffusers(given.parts["vae"])
     with files.naming(opened.path.name):
-        statistics = _statistics(args, opened)
         model, difference = authors_autoencoder.convert(opened.stored, statistics, opened.path.name, base)
     trunk = "shared with the base encoder" if model.config.shared_trunk else "its own"
     print(f"  {model.latent.base_channels} base + {model.latent.detail_channels} detail channels, detail trunk {trunk}")
     _report("autoencoder", difference)
-    path = _file(args, "autoencoder")
     native.save_autoencoder(path, model, _recommended(args), **_words(args, "DA-VAE autoencoder"))
     return path
 
 
-def _authors_adapter(args: argparse.Namespace, opened: Opened) -> Path:
-    if args.base is None:
+def _authors_adapter(args: argparse.Namespace, opened: Opened, given: Opened | None) -> Path:
+    if given is None:
         raise CheckpointError(
             f"{args.src} holds trained layers, and an adapter holds what changed; name the SD3.5 model that it was "
             "trained from with --base"
         )
-    base = open_any(args.base).parts.get("diffusion_model")
+    base = given.parts.get("diffusion_model")
     if base is None:
         raise CheckpointError(f"{args.base} holds no SD3 / SD3.5 diffusion model; name one with --base")
     name = opened.path.name
-    statistics = _statistics(args, opened)
+    path, statistics, step = _file(args, "adapter"), _statistics(args, opened), opened.content.get("global_step")
+    place = None
+    if args.lora != "none":
+        place = Path(args.lora) if args.lora else authors_adapter.find_lora(opened.path, step)
+    beside = [statistics, *(outputs.below(place) if place else [])]
+    outputs.check([path], [*outputs.read_from(opened), *outputs.read_from(given), *beside], args.overwrite)
     average = {"auto": None, "average": True, "last": False}[args.weights]
     trained = authors_adapter.read(opened.content, name, average)
     print(f"  weights: {'the running average (EMA)' if trained.average else 'the last step'}")
     loras = {}
-    if args.lora != "none":
-        step = opened.content.get("global_step")
-        place = Path(args.lora) if args.lora else authors_adapter.find_lora(opened.path, step)
+    if place is not None:
         loras = lora.read(place)
         print(f"  LoRA: {place}, {len(loras) // 3} modules")
         if trained.lora is not None:  # the folder's LoRA is that of the last step; its alphas hold for both
@@ -227,8 +232,6 @@ def _authors_adapter(args: argparse.Namespace, opened: Opened) -> Path:
     with files.naming(name):
         made, difference = authors_adapter.convert(trained, loras, base.native, statistics, name, _recommended(args))
     _report("adapter", difference)
-    path = _file(args, "adapter")
-    step = opened.content.get("global_step")
     history = History(
         steps=step if type(step) is int else 0, of={"base_model": identity("base_model", base.native, args.base.name)}
     )
@@ -237,37 +240,32 @@ def _authors_adapter(args: argparse.Namespace, opened: Opened) -> Path:
 
 
 def _recommended(args: argparse.Namespace) -> Recommended:
-    return Recommended(args.size, args.shift, args.cfg, args.steps)
+    """The settings to recommend that the command line gives, 0 where it gives none; others than files may carry are
+    refused."""
+    names = settings.RECOMMENDED
+    return Recommended(**{name: names[name].read(f"--{name}", getattr(args, name)) for name in names})
 
 
-def _export(args: argparse.Namespace, opened: Opened) -> Path:
+def _export(args: argparse.Namespace, opened: Opened, base: Opened | None) -> Path:
     """A folder for diffusers."""
-    kind, name = opened.detected.kind, opened.path.name
-    with atomic.writing_folder(args.dst) as folder, files.naming(name):
-        if kind == "autoencoder":
-            part = open_any(args.base).parts.get("vae") if args.base is not None else None
-            difference = export.autoencoder(
-                folder, native.load_autoencoder(args.src), name, part.native if part else None
-            )
-            _report("autoencoder", difference)
-        elif kind == "few_step_lora":
-            export.few_step_lora(folder, native.load_few_step_lora(args.src))
-        elif kind == "adapter":
-            _report("adapter", export.adapter(folder, native.load_adapter(args.src), name))
+    kind = opened.detected.kind
+    chosen = {} if kind in to_diffusers.OURS else _chosen(args, opened)
+    writable = {name: part for name, part in chosen.items() if name in export.PARTS}
+    if chosen and not writable:
+        raise CheckpointError(
+            f"{', '.join(chosen)} cannot be written for diffusers, {' and '.join(export.PARTS)} can; of {args.src} "
+            f"take --part {' or --part '.join(name for name in opened.parts if name in export.PARTS)}"
+        )
+    with atomic.writing_folder(args.dst) as folder, files.naming(opened.path.name):
+        about = {name: _about(args, opened, name) for name in (writable or [kind])}
+        if writable:
+            differences = to_diffusers.parts(folder, opened, writable, about, args.family)
         else:
-            chosen = {key: part for key, part in _chosen(args, opened).items() if key in ("diffusion_model", "vae")}
-            for key, part in chosen.items():
-                if key == "diffusion_model":
-                    _report(key, export.transformer(folder, part.native, name))
-                    continue
-                base = _base(args, opened, part)
-                units = base.normalisation if base else None
-                _report(key, export.vae(folder / "vae", part.native, name, units))
-                if base is None:
-                    _open_question(part)
-            if metadata.kind_of(opened.told) == "model":
-                told = metadata.latent_of(metadata.parse(opened.told, "model", name), name)
-                export.latent(folder, *told, metadata.history_of(opened.told, name))
+            differences = to_diffusers.ours(folder, opened, base)
+        for name, difference in differences.items():
+            _report(name, difference)
+        if kind in to_diffusers.OURS or metadata.kind_of(opened.told) == "model":
+            to_diffusers.latent(folder, opened, next(iter(about.values())), _recommended(args))
     return args.dst
 
 
@@ -279,7 +277,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     out.add_argument("src", type=Path, help="a file or folder")
-    out.add_argument("dst", type=Path, help="a .safetensors file, or a folder")
+    out.add_argument("dst", type=Path, help="a .safetensors or .sft file, or a folder")
+    out.add_argument(
+        "--overwrite", action="store_true", help="replace files that are there already; a folder for diffusers is not"
+    )
     out.add_argument("--to", choices=("native", "diffusers"), default="native", help="(default: native)")
     out.add_argument("--part", help="the model to take from a source that holds several")
     out.add_argument("--base", type=Path, metavar="FILE", help="the base model or base VAE, where SRC needs one")
@@ -306,9 +307,8 @@ def parser() -> argparse.ArgumentParser:
         ("steps", int, "steps"),
     ):
         out.add_argument(f"--{name}", type=kind, default=kind(0), help=f"to recommend for sampling: {help_text}")
-    out.add_argument("--title", default="")
-    out.add_argument("--author", default="")
-    out.add_argument("--licence", default="")
+    for name in ("title", "author", "licence"):
+        out.add_argument(f"--{name}", default="", help="(default: the source's)")
     return out
 
 

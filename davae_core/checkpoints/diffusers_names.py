@@ -17,6 +17,7 @@ from ..errors import CheckpointError, DAVAEError
 from ..mmdit import HEAD_DIM, MOST_BLOCKS, MMDiT, MMDiTConfig
 from ..shapes import dims, number_at, numbered
 from .names import Rule
+from .tensors import Tensors
 
 _MODEL = {
     "x_embedder.proj": "pos_embed.proj",
@@ -136,6 +137,33 @@ def vae_config(theirs: Mapping[str, torch.Tensor]) -> AutoencoderConfig:
         )
     except DAVAEError as problem:
         raise CheckpointError(f"not diffusers' AutoencoderKL: {problem}") from problem
+
+
+# What earlier versions of diffusers called the layers of a VAE's attention. Source: diffusers'
+# ModelMixin._convert_deprecated_attention_blocks, which still reads them.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION = re.compile(
+    r"((?:en|de)coder\.mid_block\.attentions\.0)\.(query|key|value|proj_attn|to_q|to_k|to_v|to_out\.0)\.(weight|bias)"
+)
+
+
+def current_vae(stored: Tensors) -> Tensors:
+    """An ``AutoencoderKL`` in the names that diffusers writes now, the attention's layers linear.
+
+    Files of before call them otherwise, and some hold them as 1x1 convolutions, as the LDM layout does.
+    """
+    names = {}
+    for name in stored:
+        match = _ATTENTION.fullmatch(name)
+        new = f"{match[1]}.{_OLD_ATTENTION.get(match[2], match[2])}.{match[3]}" if match else name
+        names[name if new in stored else new] = name
+    renamed = stored.renamed(names)
+    meta = {name: _linear(name, tensor) for name, tensor in renamed.meta.items()}
+    return Tensors(meta, lambda name: _linear(name, renamed[name]))
+
+
+def _linear(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten(1) if _ATTENTION.fullmatch(name) and tensor.shape[2:] == (1, 1) else tensor
 
 
 def _numbers(theirs: Iterable[str], pattern: str) -> set[int]:

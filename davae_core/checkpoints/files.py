@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from ..errors import CheckpointError, DAVAEError, WriteError, shortened
 from . import header, owned
 from .header import DTYPES, Header
 
+SUFFIXES = (".safetensors", ".sft")  # two endings of one format; ComfyUI lists both
 HASH_KEY = "modelspec.hash_sha256"
 LAYOUT_KEY = "davae.layout"  # of the names, shapes and dtypes that the hash belongs to
 HASH_BLANK = "0x" + "0" * 64
@@ -55,6 +56,21 @@ def naming(file: str) -> Iterator[None]:
         raise CheckpointError(f"{file}: {problem}") from problem
 
 
+def _open(path: Path, device: str) -> Any:
+    """The file for safetensors, which takes no path that is not UTF-8: then by the number under which it is open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            return safe_open(f"/dev/fd/{file.fileno()}", framework="pt", device=device)
+    return safe_open(path, framework="pt", device=device)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is called as safetensors files are."""
+    return path.suffix.lower() in SUFFIXES
+
+
 class Reader:
     """A safetensors file to read tensor by tensor. A context manager; or it is closed when nothing refers to it.
 
@@ -74,7 +90,7 @@ class Reader:
             )
         try:
             self.header: Header = header.read(path)
-            self._file = safe_open(path, framework="pt", device=device)
+            self._file = _open(path, device)
             same = set(self._file.keys()) == set(self.header.shapes)
         except (SafetensorError, OSError, RuntimeError, CheckpointError) as problem:
             raise CheckpointError(

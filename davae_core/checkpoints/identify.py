@@ -26,7 +26,7 @@ def identify(path: str | os.PathLike[str], role: Role) -> Identity:
     path = Path(path)
     if role == "start":
         return Identity(path.name)
-    opened = open_any(path)
+    opened = open_any(path, most=0)
     state: Mapping[str, torch.Tensor] | None = None
     if opened.detected.kind == "autoencoder" and role in ("base_vae", "davae"):
         state = opened.stored

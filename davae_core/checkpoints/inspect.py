@@ -31,7 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read.
     """
-    opened = open_any(path)
+    opened = open_any(path, most=0)
     return {
         "path": str(path),
         "kind": opened.detected.kind,
@@ -93,19 +93,27 @@ def _config(opened: Opened) -> dict[str, Any] | None:
 
 
 def verify(path: Path) -> list[str]:
-    """Read every number of a safetensors file or folder of them: what was found in order.
+    """Read every number of a file or folder, and compare each safetensors file with its hash: what was found in order.
 
     Raises:
         CheckpointError: a number is NaN or infinite, or the data is not what the file was saved with.
     """
-    opened = open_any(path)
+    opened = open_any(path, most=0)
     for name in opened.stored:
         files.check_finite({name: opened.stored[name]}, opened.path.name)
-    found = [f"all {opened.stored.parameters:,} numbers are finite"]
-    if opened.path.suffix == ".safetensors":
-        compared = files.check_hash(opened.path, opened.told, most=None)
-        found.append("the data is what it was saved with" if compared else "it holds no hash to compare the data with")
-    return found
+    compared = 0
+    for file, told in opened.sources.items():
+        with files.naming(file.relative_to(path).as_posix() if path in file.parents else file.name):
+            compared += files.check_hash(file, told, most=None)
+    return [f"all {opened.stored.parameters:,} numbers are finite", _compared(compared, len(opened.sources))]
+
+
+def _compared(count: int, of: int) -> str:
+    """How many files' data was compared with a hash, and found right."""
+    if of <= 1:
+        return "the data is what it was saved with" if count else "it holds no hash to compare the data with"
+    said = f"the data of {count} of {of} files is what it was saved with"
+    return said if count == of else f"{said}; {of - count} hold no hash to compare it with"
 
 
 def _part_config(name: str, native: Tensors) -> dict[str, Any] | None:
@@ -131,7 +139,8 @@ def text(told: dict[str, Any]) -> str:
     """The same for people."""
     lines = [f"{told['path']}: {told['description']}", f"  kind: {told['kind']}", f"  {_size_line(told)}"]
     if base := told["base"]:
-        lines.append(f"  base: the VAE of {base['title'] or base['name']} ({base['name']}), told by {base['by']}")
+        of = f"the VAE of {base['title']} ({base['name']})" if base["title"] else base["name"]
+        lines.append(f"  base: {of}, told by {base['by']}")
     lines += _config_lines(told["config"], "  ")
     for name, part in told["parts"].items():
         lines += [f"  {name}", f"    {_size_line(part)}", *_config_lines(part["config"], "    ")]

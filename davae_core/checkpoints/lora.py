@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from ..errors import CheckpointError, quoted
 from ..lora import LORA_MODULES
-from . import foreign_json, layout, pickled, tensors
+from . import files, foreign_json, layout, pickled, tensors
 from .settings import Number
 from .tensors import Tensors
 
@@ -43,12 +44,15 @@ class LoraScale:
 
     def of(self, module: str, rank: int) -> float:
         """The alpha by which ``alpha / rank`` is the factor of this module."""
-        order = {key: i for i, key in enumerate(self.alphas)}
         parts = module.split(".")
-        named = [key for i in range(len(parts)) if (key := ".".join(parts[i:])) in order]
-        told = self.alphas[min(named, key=order.__getitem__)] if named else self.alpha  # as PEFT: the first that fits
+        named = [key for i in range(len(parts)) if (key := ".".join(parts[i:])) in self._order]
+        told = self.alphas[min(named, key=self._order.__getitem__)] if named else self.alpha  # as PEFT: the first
         alpha = float(rank) if told is None else told
         return alpha * math.sqrt(rank) if self.rank_stabilised else alpha
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {key: i for i, key in enumerate(self.alphas)}
 
 
 def find(folder: Path) -> Path:
@@ -62,7 +66,8 @@ def find(folder: Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} does not exist; name the folder or file of the LoRA")
     named = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    found = named[:1] or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    found = named[:1] or sorted(file for file in folder.iterdir() if files.is_safetensors(file))
+    found = found or sorted(folder.glob("*.bin"))
     if len(found) != 1:
         raise CheckpointError(
             f"{folder} holds {len(found)} LoRA files, expected one, such as {WEIGHTS[0]}; name the file itself"

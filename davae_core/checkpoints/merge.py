@@ -15,7 +15,7 @@ from .. import command, history
 from ..adapter import WIDENED, Adapter, widen
 from ..errors import CheckpointError, DAVAEError
 from ..lora import LORA_MODULES, lora_deltas
-from . import files, layout, metadata, native, tensors
+from . import files, layout, metadata, native, outputs, tensors
 from .opening import open_any
 from .tensors import Tensors
 
@@ -94,26 +94,29 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("out", type=Path, help="the merged model, a .safetensors file")
     out.add_argument("--strength", type=float, default=1.0, help="strength of the adapter's changes (default: 1)")
     out.add_argument("--title", default="DA-VAE merged model")
-    out.add_argument("--author", default="")
-    out.add_argument("--licence", default="")
+    out.add_argument("--author", default="", help="(default: the adapter's)")
+    out.add_argument("--licence", default="", help="(default: the adapter's)")
+    out.add_argument("--overwrite", action="store_true", help="replace OUT where it is there already")
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
     args = parser().parse_args(argv)
-    if args.out.suffix != ".safetensors":
+    if not files.is_safetensors(args.out):
         raise CheckpointError(f"the merged model must be a .safetensors file, got {args.out.name}")
     if not math.isfinite(args.strength):
         raise CheckpointError(f"--strength must be a number, got {args.strength}")
-    opened = open_any(args.base)
+    opened = open_any(args.base, most=None)
     print(f"{args.base}: {opened.detected.description}")
     if "diffusion_model" not in opened.parts:
         raise CheckpointError(f"{args.base} is {opened.detected.description}, expected an SD3 / SD3.5 model")
+    outputs.check([args.out], [*outputs.read_from(opened), args.adapter], args.overwrite)
     adapter = native.load_adapter(args.adapter)
     config = metadata.latent_config(adapter.config.latent, adapter.config.recommended)
-    by = {"title": args.title, "author": args.author, "licence": args.licence}
-    told = metadata.build("model", config, **by, history=adapter.history)
+    by = metadata.about(files.read_metadata(args.adapter)[1], args.adapter.name)
+    by = by.told({"title": args.title, "author": args.author, "licence": args.licence})
+    told = metadata.build("model", config, **by.words, history=adapter.history)
     base = opened.parts["diffusion_model"].native
     if words := history.mismatch(adapter.history, "base_model", base):
         print(f"note: {args.adapter.name} was {words}: {args.base}")

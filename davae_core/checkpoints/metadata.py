@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal
 
@@ -16,6 +16,40 @@ FORMAT = "1"
 CONFIG = "davae.config"
 HISTORY = "davae.history"
 Kind = Literal["autoencoder", "adapter", "few_step_lora", "model", "predictor", "tiny_decoder", "text_encoder"]
+WORDS = {"title": "modelspec.title", "author": "modelspec.author", "licence": "modelspec.license"}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file tells people of itself, which a file that is made of it tells on.
+
+    Attributes:
+        title, author, licence: "" where it tells none.
+        history: how it was trained; None where it tells nothing.
+    """
+
+    title: str = ""
+    author: str = ""
+    licence: str = ""
+    history: History | None = None
+
+    @property
+    def words(self) -> dict[str, str]:
+        """Title, author and licence by their names here."""
+        return {name: getattr(self, name) for name in WORDS}
+
+    def told(self, words: Mapping[str, str]) -> "About":
+        """The same, but for the texts in ``words`` that are not empty."""
+        return About(**{name: words.get(name) or text for name, text in self.words.items()}, history=self.history)
+
+    def metadata(self) -> dict[str, str]:
+        """For the metadata of files that are not made by :func:`build`; nothing where nothing is told."""
+        return {key: self.words[name] for name, key in WORDS.items() if self.words[name]} | history_entry(self.history)
+
+    def json(self) -> dict[str, Any]:
+        """For a JSON file; read back by :func:`about_json`."""
+        history = {"history": json.loads(history_entry(self.history)[HISTORY])} if self.history else {}
+        return {name: text for name, text in self.words.items() if text} | history
 
 
 def build(
@@ -72,9 +106,32 @@ def history_of(metadata: Mapping[str, str], file: str) -> History | None:
         raise CheckpointError(f"{file}: the history in its metadata is damaged ({problem})") from problem
 
 
+def about(metadata: Mapping[str, str], file: str) -> About:
+    """What a file's metadata tells of it; raises as :func:`history_of`."""
+    return About(**{name: metadata.get(key, "") for name, key in WORDS.items()}, history=history_of(metadata, file))
+
+
+def about_json(values: Mapping[str, Any], file: str) -> About:
+    """What a JSON file made with :meth:`About.json` tells.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    for name in WORDS:
+        if not isinstance(values.get(name, ""), str):
+            raise CheckpointError(f"{file}: {name} is {quoted(values[name])}, expected a text; the file is damaged")
+    history = {HISTORY: json.dumps(values["history"])} if "history" in values else {}
+    return About(**{name: values.get(name, "") for name in WORDS}, history=history_of(history, file))
+
+
 def latent_config(latent: LatentSpec, recommended: Recommended) -> dict[str, Any]:
     """The part of a configuration that all kinds with a latent share; read back by :func:`latent_of`."""
     return {"latent": asdict(latent), "recommended": asdict(recommended)}
+
+
+def recommended(own: Recommended, given: Recommended) -> Recommended:
+    """The settings in ``given``, and a file's own where it says nothing."""
+    return Recommended(**{name: value or getattr(own, name) for name, value in asdict(given).items()})
 
 
 def kind_of(metadata: Mapping[str, str]) -> str | None:

@@ -67,7 +67,13 @@ def to_native(theirs: Tensors, rules: Iterable[Rule], file: str) -> Tensors:
 
 
 def from_native(native: Tensors, rules: Iterable[Rule]) -> Tensors:
-    """Native tensors under the names of another layout."""
+    """Native tensors under the names of another layout.
+
+    Raises:
+        CheckpointError: a tensor that the rules need is not there.
+    """
     home = {name: rule for rule in rules for name in rule.theirs}
+    if lacking := sorted({rule.native for rule in home.values()} - set(native.meta)):
+        raise CheckpointError(f"{len(lacking)} tensors of its layout are not there, {lacking[0]} first; it is damaged")
     meta = {name: rule.from_native(native.meta[rule.native], name) for name, rule in home.items()}
     return Tensors(meta, lambda name: home[name].from_native(native[home[name].native], name))

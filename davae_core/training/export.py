@@ -4,7 +4,7 @@ python -m davae_core.training export output/1024
 python -m davae_core.training export output/1024 --step 40000
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,9 @@ from . import stages
 from .data import survey
 from .data.prompts import Blank
 from .data.stored_latents import StoredLatents
-from .run import folder, heartbeat, keeper, player, recorded
+from .run import folder, heartbeat, keeper, origins, player, recorded
 from .run import state as states
+from .run.config import IMAGES
 from .run.launch import Collect, Images, measured
 from .run.task import Task
 
@@ -78,8 +79,17 @@ def _write(
     device = devices.device("auto")
     heartbeat.at("reading the list of images")
     found = collect(recipe.data, multiple, recipe.run.out)
+    heartbeat.at("reading what the run was made from")
+    _check_same(state, saved.about.origins, origins.of_files(recipe))
+
+    def images() -> Iterable[torch.Tensor]:
+        """For statistics; only a task that takes some needs the images to be those of the run."""
+        used = found if latents is None else latents.fitted(found, recipe.data)
+        _check_same(state, saved.about.origins, {IMAGES: origins.of_images(used.sources)})
+        return measured(recipe.data, recipe.run.seed, multiple, device, used)
+
     heartbeat.at("loading the models")
-    task = build(recipe, partial(measured, recipe.data, recipe.run.seed, multiple, device, found))
+    task = build(recipe, images)
     task.to(device)
     heartbeat.at(f"reading the state of step {saved.step}")
     tensors = states.load(state).tensors
@@ -95,10 +105,20 @@ def _write(
                 parameter.copy_(stored)
     del tensors
     heartbeat.at(f"writing the files of step {saved.step} to {out}")
-    out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         written += task.export(out, keeper.history(saved.about, saved.recipe, saved.step))
     return 0
+
+
+def _check_same(state: Path, before: Mapping[str, states.Origin], now: Mapping[str, states.Origin]) -> None:
+    """Raise DAVAEError where something that the run in the folder ``state`` was made from has been replaced."""
+    changed = origins.replaced(before, now)
+    if changed:
+        raise DAVAEError(
+            f"the run in {state} was made from something else, so these would not be its files: "
+            f"{'; '.join(changed.values())}. Put back what it was made from; or go on with what is there now, and the "
+            f"run writes its files with a note of it: --run.resume --run.change {' '.join(changed)}"
+        )
 
 
 def main(args: list[str] | None = None) -> int:

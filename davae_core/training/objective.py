@@ -1,5 +1,6 @@
 """What the tasks share of the method: noise and its times, the losses of autoencoders, statistics of latents."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .. import flow
+from .. import bounds, flow
 from ..autoencoder import LOGVAR_RANGE
 from ..perceptual import PerceptualDistance, load_perceptual
 from .data.draws import Draws
@@ -30,6 +31,14 @@ class FlowConfig:
     captions."""
     min_snr: float = 0.0
     """Gamma of the min-SNR weighting of times; 0 for none."""
+
+    def __post_init__(self) -> None:
+        bounds.at_least_0("flow.shift", self.shift)  # 0 is the shift of the steps, where a stage has steps
+        bounds.require("flow.time-mean", self.time_mean, math.isfinite(self.time_mean), "a finite number")
+        bounds.at_least_0("flow.time-std", self.time_std)
+        bounds.share("flow.prompt-dropout", self.prompt_dropout)
+        bounds.share("flow.word-dropout", self.word_dropout)
+        bounds.at_least_0("flow.min-snr", self.min_snr)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from davae_core.bases import (
     base_by_file_name,
     base_of,
     base_of_latent,
+    name_of_units,
     normalisation_by_shape,
 )
 from davae_core.errors import DAVAEError
@@ -63,6 +64,7 @@ def test_the_metadata_of_the_file_tells_them_apart(metadata: dict[str, str], bas
     ("file", "base"),
     [
         ("ae.safetensors", "flux1"),
+        ("ae.sft", "flux1"),
         ("FLUX.1-dev_vae.safetensors", "flux1"),
         ("flux1-dev-fp8.safetensors", "flux1"),
         ("z_image_turbo.safetensors", "flux1"),
@@ -89,12 +91,22 @@ def test_what_the_user_names_goes_before_the_metadata() -> None:
     [
         ("sd4", {}, "no base model 'sd4', expected one of sd1, sdxl, sd3, vavae, flux1"),
         ("", {"davae.base": "other"}, "no base model 'other'"),
+        ("", {"davae.base": "units:0.0,0.0"}, "no base model 'units:0.0,0.0'"),
+        ("", {"davae.base": "units:nan,1"}, "no base model 'units:nan,1'"),
+        ("", {"davae.base": "units:1"}, "no base model 'units:1'"),
         ("vavae", {}, "not that of VA-VAE: 32 channels at 1/16, with quant_conv, got 4 channels at 1/8"),
     ],
 )
 def test_a_wrong_name_is_refused(name: str, metadata: dict[str, str], message: str) -> None:
     with pytest.raises(DAVAEError, match=message):
         base_of(SD_VAE, name, metadata)
+
+
+@pytest.mark.parametrize("units", [(0.0, 1.0), (-0.5, 1e-3), (0.1159, 0.3611)])
+def test_units_are_known_again_by_the_name_that_is_made_of_them(units: tuple[float, float]) -> None:
+    base = base_of(SD3_VAE, metadata={"davae.base": name_of_units(16, *units)})
+    assert base.normalisation == units and base.fits(SD3_VAE)
+    assert (base is FLUX1) == (units == FLUX1.normalisation)
 
 
 def test_an_unknown_vae_has_no_units() -> None:

@@ -1,12 +1,14 @@
 """Files from strangers: every number, shape and name in them is checked before anything is built from it."""
 
+import io
 import json
 import os
 import struct
+import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from davae_core import tiny
+from davae_core import command, tiny
 from davae_core.adapter import Adapter, Recommended, zero_adapter
 from davae_core.autoencoder import Autoencoder
 from davae_core.checkpoints import (
@@ -28,12 +30,14 @@ from davae_core.checkpoints import (
     load_adapter,
     load_autoencoder,
     load_merged,
+    load_predictor,
     lora,
     metadata,
     save_adapter,
     save_autoencoder,
     save_few_step_lora,
     save_merged,
+    save_predictor,
     settings,
     tensors,
 )
@@ -44,6 +48,7 @@ from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.few_steps import FewStepLora
 from davae_core.latent import LatentSpec
 from davae_core.mmdit import MMDiT
+from davae_core.predictor import DetailPredictor, PredictorConfig
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 
@@ -371,6 +376,22 @@ def test_a_name_in_alpha_pattern_counts_by_its_end_and_the_first_wins(tmp_path: 
     assert (alphas["to_q"], alphas["to_k"], alphas["to_v"]) == (8, 4, 2)
 
 
+def test_many_alphas_are_gone_through_once() -> None:
+    """2,000 modules and 16,384 patterns took seconds."""
+
+    class Counted(dict[str, float]):
+        gone_through = 0
+
+        def __iter__(self) -> Iterator[str]:
+            self.gone_through += 1
+            return super().__iter__()
+
+    alphas = Counted({"attn.to_q": 8.0})
+    scale = lora.LoraScale(alphas=alphas)
+    assert [scale.of(f"transformer_blocks.{i}.attn.to_q", 4) for i in range(50)] == [8.0] * 50
+    assert alphas.gone_through <= 1
+
+
 @pytest.mark.parametrize(
     "config", [{"lora_alpha": "2"}, {"lora_alpha": [1]}, {"alpha_pattern": [1]}, {"lora_alpha": True}]
 )
@@ -407,6 +428,35 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(davae_file: Path, ada
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.parametrize("count", [300, 3000])
+def test_a_predictor_of_thousands_of_empty_blocks_is_refused_unbuilt(
+    tmp_path: Path, make_davae: Callable[..., DAVAE], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    predictor, davae = DetailPredictor(PredictorConfig(LatentSpec(), 32, 1)), make_davae()
+    davae.set_predictor(predictor)
+    save_predictor(tmp_path / "p.safetensors", predictor)
+    save_autoencoder(tmp_path / "a.safetensors", davae)
+    monkeypatch.setattr(DetailPredictor, "__init__", lambda *_: pytest.fail("it was built"))
+    for load, name, stem in ((load_predictor, "p", "blocks"), (load_autoencoder, "a", "predictor.blocks")):
+        state, info = files.read(tmp_path / f"{name}.safetensors")
+        state |= {f"{stem}.{i}.x": torch.zeros(0) for i in range(1, count)}
+        save_file(state, tmp_path / "many.safetensors", metadata=info)
+        refused(load, tmp_path / "many.safetensors", f"{count} residual blocks, more than")
+
+
+def test_a_title_that_the_console_cannot_show_is_shown_by_its_numbers(
+    adapter_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors_, told = files.read(adapter_file)
+    files.save(adapter_file, tensors_, told | {"modelspec.title": "模型"})
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    with pytest.raises(SystemExit) as end:
+        command.run(lambda: inspect.main([str(adapter_file)]))
+    console.flush()
+    assert end.value.code == 0 and b"modelspec.title: \\u6a21" in console.buffer.getvalue()
 
 
 def flipped(path: Path) -> Path:

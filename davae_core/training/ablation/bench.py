@@ -6,7 +6,8 @@
 
 Every variant runs once with each seed. A finished one leaves OUT/group/name/SEED.json and is not run again; what was
 interrupted goes on where it was. Started in two terminals, two share the work. The table is written after each run:
-OUT/table.md for people, OUT/table.json with everything.
+OUT/table.md for people, OUT/table.json with everything. Runs with other steps, batches, pictures, captions or files
+cannot be compared with those that are there, and are refused: they belong into another folder (--out).
 """
 
 import logging
@@ -24,7 +25,7 @@ from ...evaluation import figures
 from ...evaluation.family import FamilyFiles, hashed
 from ...lock import holding
 from ..run.recorded import to_json
-from . import table, trainings
+from . import comparable, table, trainings
 from .budget import BenchConfig, Steps
 from .measure import Figures, Pictures, drawings, reconstructions
 from .trainings import Stopped
@@ -42,18 +43,22 @@ def bench(config: BenchConfig) -> int:
     if config.quick:
         config = quick(config)
     if not config.table:
+        told = comparable.settings(config)
+        comparable.check(config.out, variants, told)
         config.out.mkdir(parents=True, exist_ok=True)
         if any(variant.group == "adapter" for variant in variants):
-            _alone(config, partial(trainings.prepare, config, variants))
-        pictures = Pictures.read(config.images, trainings.side(config), config.captions, config.held_out)
+            _alone(config, partial(trainings.prepare, config, variants, told))
+        pictures = Pictures.read(config.images, told["size"], config.captions, config.held_out)
         for seed in config.seeds:  # a seed of everything first, so that there is soon a whole table
             for variant in variants:
                 try:
-                    _run(config, variant, seed, pictures)
+                    _run(config, variant, seed, pictures, told)
                 except Stopped:
                     return STOPPED
                 table.write(config.out, variants)
     print(table.write(config.out, variants))
+    for line in comparable.mixed(config.out, variants):
+        print(f"warning: {line}")
     return 0
 
 
@@ -77,8 +82,13 @@ def _alone(config: BenchConfig, do: Callable[[], None]) -> None:
         time.sleep(4)
 
 
-def _run(config: BenchConfig, variant: Variant, seed: int, pictures: Pictures) -> None:
-    """Train and measure one variant with one seed, unless that is done or another process is at it."""
+def _run(config: BenchConfig, variant: Variant, seed: int, pictures: Pictures, settings: comparable.Settings) -> None:
+    """Train and measure one variant with one seed, unless that is done or another process is at it.
+
+    Raises:
+        DAVAEError: another process has begun or finished it with other settings.
+    """
+    comparable.check(config.out, [variant], settings)
     result = table.result(config.out, variant, seed)
     folder = result.parent / f"run_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,11 +98,13 @@ def _run(config: BenchConfig, variant: Variant, seed: int, pictures: Pictures) -
             return
         if not result.is_file():
             print(f"{variant.key}, seed {seed}", flush=True)
+            made = {comparable.KEY: comparable.mattering(settings, variant)}
+            figures.write_json(folder / comparable.BEGUN, made[comparable.KEY])
             start = time.monotonic()
             told = _measured(config, variant, seed, pictures, folder)
             told |= {"variant": variant.key, "seed": seed, "about": variant.about, "seconds": time.monotonic() - start}
             told |= {"changes": {kind: dict(vars(variant)[kind]) for kind in ("autoencoder", "adapter", "sampling")}}
-            figures.write_json(result, told | {"bench": to_json(config), "versions": figures.versions()})
+            figures.write_json(result, told | made | {"bench": to_json(config), "versions": figures.versions()})
     with suppress(OSError):
         shutil.rmtree(folder)
 

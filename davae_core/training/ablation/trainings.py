@@ -1,13 +1,16 @@
 """The trainings of a variant: changes of the tiny family's recipes, run by the same code as by hand."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ... import checkpoints, tiny
+from ...checkpoints import foreign_json
 from ...errors import DAVAEError
+from ...evaluation import figures
 from .. import residual, stages
 from ..data import stored_latents
 from ..run import folder
@@ -91,20 +94,35 @@ def stage_2(config: BenchConfig, variant: Variant, seed: int, out: Path, autoenc
     return _run("adapter", recipe, tiny.ADAPTER)
 
 
-def prepare(config: BenchConfig, variants: Sequence[Variant]) -> None:
+def prepare(config: BenchConfig, variants: Sequence[Variant], settings: Mapping[str, Any]) -> None:
     """Compute the latents of the training pictures that adapters are trained on, or what is missing of them, and before
-    that the DA-VAE with a predictor inside, where a variant asks for it."""
+    that the DA-VAE with a predictor inside, where a variant asks for it.
+
+    Args:
+        config: the bench.
+        variants: what it runs.
+        settings: its settings, with hashes; the DA-VAE with a predictor inside is made anew where it is of others.
+    """
     adapter = stages.STAGES["adapter"].recipes[RECIPES][1]
     data = replace(adapter.data, images=(str(config.images / "train"),), size=side(config))
     for autoencoder in dict.fromkeys(given(config, variant) for variant in variants if variant.group == "adapter"):
-        if not autoencoder.is_file():
+        made_of = {name: settings.get(name) for name in ("autoencoder", "predictor", "images", "size")}
+        if autoencoder != config.autoencoder and not _made_of(autoencoder, made_of):
             parts = [config.images / part for part in ("train", "other")]
             everything = replace(data, images=tuple(str(part) for part in parts if part.is_dir()))
             residual.write(
                 residual.ResidualConfig(everything, config.autoencoder, config.predictor, autoencoder, device="cpu")
             )
+            shutil.rmtree(latents(config, autoencoder), ignore_errors=True)  # of the one before
+            figures.write_json(autoencoder.with_suffix(".json"), made_of)
         asked = stored_latents.LatentsConfig(data, autoencoder, latents(config, autoencoder), dtype="fp32")
         stored_latents.compute(asked)
+
+
+def _made_of(autoencoder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the DA-VAE with a predictor inside is there, and was made of these files and pictures."""
+    told = autoencoder.with_suffix(".json")
+    return autoencoder.is_file() and told.is_file() and foreign_json.read(told) == settings
 
 
 def given(config: BenchConfig, variant: Variant) -> Path:

@@ -4,6 +4,8 @@ Every file is opened with the explicit list of formats below, whatever its name 
 programs (EPS) or are no photographs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -40,7 +42,7 @@ def header(file: BinaryIO) -> tuple[str, tuple[int, int]]:
     Raises:
         one of UNREADABLE.
     """
-    with Image.open(file, formats=FORMATS) as image:
+    with _image(file) as image:
         _check_mode(image)
         form = image.format or ""
         # The method of PNG files would decode the image, to look for EXIF behind it. Pillow turns TIFF files itself.
@@ -59,7 +61,7 @@ def opened(file: BinaryIO, at_least: tuple[int, int] | None = None) -> Image.Ima
     Raises:
         one of UNREADABLE.
     """
-    with Image.open(file, formats=FORMATS) as image:
+    with _image(file) as image:
         _check_mode(image)
         if at_least is not None:
             side = 2 * max(at_least)  # whichever way the picture is turned
@@ -84,6 +86,17 @@ def reason(problem: BaseException, start: bytes = b"") -> str:
         known = known or next((what for brand, what in _BRANDS.items() if start[4:].startswith(brand)), "")
         return f"it is {known or 'damaged or no picture'}; read are {', '.join(FORMATS)}"
     return str(problem) or type(problem).__name__
+
+
+@contextmanager
+def _image(file: BinaryIO) -> Iterator[Image.Image]:
+    """The picture in a file. The decoder of AVIF calls a damaged one a RuntimeError, which other programs' faults are
+    too; here it is an OSError, as of other formats."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
+    except RuntimeError as problem:
+        raise OSError(str(problem)) from problem
 
 
 def _check_mode(image: Image.Image) -> None:

@@ -12,7 +12,7 @@ from ...errors import DAVAEError
 from . import entries, sources
 from .config import DataConfig
 from .listing import Listing, Source
-from .survey import HELD, Collection, Table, held_share
+from .survey import HELD, Collection, Table, check_readable, held_share, leave_out_unreadable
 
 ENDING = ".txt"
 
@@ -26,7 +26,8 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
         out: folder of the run; images in it are left out.
 
     Raises:
-        DAVAEError: a file cannot be read or holds no prompt, there is none to train on, or aspect ratios are asked for.
+        DAVAEError: a file cannot be read or holds no prompt, there is none to train on, more captions than
+            ``max_broken`` cannot be read, or aspect ratios are asked for.
     """
     if config.buckets:
         raise DAVAEError("prompts have no aspect ratio to cut to: leave out --data.buckets")
@@ -34,6 +35,9 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
         raise DAVAEError(f"--data.size {config.size} is not a multiple of {multiple}")
     listing = Listing()
     found, held = _prompts(config.images, config, out, listing), _prompts(config.held_folders, config, out, listing)
+    count = len(found) + len(listing.unreadable)
+    check_readable(config, listing, count)
+    leave_out_unreadable(listing)
     if config.held_share:
         held = held_share(config, found)
     known = {source.identity for source in held}
@@ -44,7 +48,7 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
     if not trained:
         raise DAVAEError(f"there are no prompts to train on in {', '.join(config.images)}")
     taken = {"to train on": [source.name for source in trained], "held out": [source.name for source in held]}
-    table = Table(len(found), taken, listing.noted, listing.left_out)
+    table = Table(count, taken, listing.noted, listing.left_out)
     shape = (config.size, config.size)
     return Collection([shape], trained, [0] * len(trained), held, [0] * len(held), table)
 
@@ -56,8 +60,8 @@ def _prompts(places: Sequence[str], config: DataConfig, out: Path | None, listin
         entry = entries.parse(text)
         if entry.size:
             raise DAVAEError(f"{text!r} (--data.images): what is drawn has one size, --data.size; leave out size=")
-        if entry.place.lower().endswith(ENDING):
-            found += _lines(entry)
+        if is_text(entry):
+            found += lines_of(entry)
             continue
         images = sources.find([text], out)
         found += [source for source in images.sources if source.caption]
@@ -69,7 +73,12 @@ def _prompts(places: Sequence[str], config: DataConfig, out: Path | None, listin
     return [replace(source, size=size, identity=_identity(source.caption)) for source in found]
 
 
-def _lines(entry: entries.Entry) -> list[Source]:
+def is_text(entry: entries.Entry) -> bool:
+    """Whether an entry is a text file of prompts."""
+    return entry.place.lower().endswith(ENDING)
+
+
+def lines_of(entry: entries.Entry) -> list[Source]:
     """The prompts of a text file, one a line; empty lines and those that begin with # are left out.
 
     Raises:

@@ -216,7 +216,16 @@ def encode_all(davae: DAVAE, found: Collection, out: Path, about: dict[str, Any]
 
 
 def compute(config: LatentsConfig) -> int:
-    """Compute what is missing; returns how many were added."""
+    """Compute what is missing; returns how many were added.
+
+    Raises:
+        DAVAEError: another process is at work in the folder, or see :func:`encode_all`.
+    """
+    with records.claimed(config.out):
+        return _compute(config)
+
+
+def _compute(config: LatentsConfig) -> int:
     device = devices.device(config.device)
     davae = checkpoints.load_autoencoder(config.autoencoder, torch.float32).requires_grad_(False).to(device)
     about = {"autoencoder": records.fingerprint([config.autoencoder]), "dtype": config.dtype, "keys": KEYS}

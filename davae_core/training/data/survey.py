@@ -105,7 +105,7 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
     shapes, of_side = _shapes(config, multiple, {source.side for source in [*readable, *aside]})
     named = {source.name for source in [*readable, *aside]} | listing.unreadable.keys()
     table = Table(len(named), noted=listing.noted)
-    _check_readable(config, listing, table.found)
+    check_readable(config, listing, table.found)
     small: dict[str, Source] = {}
 
     def fitting(among: Sequence[Source]) -> tuple[list[Source], list[int]]:
@@ -127,8 +127,7 @@ def collect(config: DataConfig, multiple: int, out: Path | None = None) -> Colle
     held, held_bucket_of = fitting(held)
     for source in small.values():
         listing.leave_out(SMALL, f"{source.name} ({source.size[0]} x {source.size[1]})")
-    for name, why in listing.unreadable.items():
-        listing.leave_out(UNREADABLE, f"{name}: {why}")
+    leave_out_unreadable(listing)
     for source in large:
         if source.identity in identities:
             listing.leave_out(HELD, source.name)
@@ -177,13 +176,19 @@ def _readable(listing: Listing) -> list[Source]:
     return readable
 
 
-def _check_readable(config: DataConfig, listing: Listing, found: int) -> None:
-    """Raise DAVAEError where too many images cannot be read."""
+def check_readable(config: DataConfig, listing: Listing, found: int) -> None:
+    """Name the images that cannot be read; raise DAVAEError where they are too many of those ``found``."""
     broken = listing.unreadable
     for name, why in broken.items():
         logger.warning("could not read %s: %s", name, why)
     if len(broken) > config.max_broken or len(broken) == found:
         raise DAVAEError(too_many(broken, found))
+
+
+def leave_out_unreadable(listing: Listing) -> None:
+    """Count the images that cannot be read among what is left out."""
+    for name, why in listing.unreadable.items():
+        listing.leave_out(UNREADABLE, f"{name}: {why}")
 
 
 def too_many(broken: Mapping[str, str], found: int) -> str:

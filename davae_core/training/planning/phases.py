@@ -1,5 +1,6 @@
 """What each phase of a training takes: the phase itself runs, on fake tensors, and is counted."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -214,7 +215,7 @@ def descend(player: Player, batches: OnDevice, recipe: Recipe, memory: Memory, o
     out.step += (forward + memory.flops) / images
     copies = 2 * sum(p.numel() for p in player.parameters.values())  # of the trained weights, in bf16
     out.image = max(out.image, (memory.peak - held - copies) / images)
-    nn.utils.clip_grad_norm_(player.parameters.values(), recipe.optimiser.clip)
+    nn.utils.clip_grad_norm_(player.parameters.values(), recipe.optimiser.clip or math.inf)
     player.optimiser.step()
     player.ema.update(1)
     out.peaks["step"] = max(out.peaks.get("step", 0), peak, memory.peak)

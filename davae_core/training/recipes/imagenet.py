@@ -40,8 +40,9 @@ IMAGENET_F32C128 = AutoencoderRecipe(
     # base latent in the units of its measured statistics, as the decoder sees it; the ratio is of all other losses.
     alignment=AlignmentConfig(weight=0.5, adaptive=True),
     # Hinge loss, its weight times the ratio of gradients on the decoder's last layer, of a PatchGAN critic of three
-    # layers; the first 5001 steps are without. Group norm in the critic where theirs has batch norm, so that a batch in
-    # parts is the same as a whole one.
+    # layers; the first 5001 steps are without. Group norm in the critic where theirs has batch norm, so that a
+    # reconstruction has the same scores in any batch. Both ratios are those of a micro-batch, over all processes: with
+    # run.micro_batch the training is another one.
     critic=CriticConfig(weight=0.1, adaptive=True, start=5001, width=64, layers=3),
     detail_channels=DETAIL_CHANNELS,
     scale=SCALE,

@@ -3,13 +3,15 @@
 import ast
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, TypeVar
 
 import tyro
 
+from ... import bounds
 from ...errors import DAVAEError
+from ..data import entries
 
 Precision = Literal["auto", "fp32", "bf16"]
 Recipe = TypeVar("Recipe")
@@ -26,13 +28,22 @@ class OptimiserConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay on matrices and kernels; never on biases and norms."""
     clip: float = 1.0
-    """Largest norm of the gradient; longer ones are scaled down to it."""
+    """Largest norm of the gradient; longer ones are scaled down to it. 0: none is."""
     warmup: int = 100
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """What the learning rate does after the warm-up: stay, or fall to 0 at the last step along half a cosine."""
     ema: float = 0.999
     """Decay per step of the moving average of the weights, which is what is sampled and exported; 0 for none."""
+
+    def __post_init__(self) -> None:
+        bounds.at_least_0("optimiser.lr", self.lr)
+        decays = all(0 <= beta < 1 for beta in self.betas)
+        bounds.require("optimiser.betas", self.betas, decays, "two numbers from 0 to below 1")
+        bounds.at_least_0("optimiser.weight-decay", self.weight_decay)
+        bounds.require("optimiser.clip", self.clip, self.clip >= 0, "above 0, or 0 for a gradient of any length")
+        bounds.require("optimiser.warmup", self.warmup, self.warmup >= 0, "a number of steps, at least 0")
+        bounds.require("optimiser.ema", self.ema, 0 <= self.ema < 1, "from 0 (no average) to below 1")
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class RunConfig:
     the exported files."""
     steps: int = 10_000
     """Optimiser steps in all. A resumed run may have more; with the cosine schedule it is then another run, because the
-    learning rate depends on it."""
+    learning rate of every step depends on it, and has to be meant: --run.change run.steps."""
     batch: int = 64
     """Images per optimiser step, over all processes together."""
     micro_batch: int = 0
@@ -90,12 +101,14 @@ class RunConfig:
             raise DAVAEError(f"steps, batch, log_every and bad_steps must be at least 1, got {self}")
 
 
-# Fields that may differ between a run and its continuation: they do not change what a step computes.
+# Fields that may differ between a run and its continuation: they do not change what a step computes, but for what
+# :func:`differences` says of two of them.
 FREE = {"run.out", "run.steps", "run.resume", "run.save_minutes", "run.log_every", "run.sample_every", "run.bad_steps"}
 FREE |= {"run.validate_every", "run.validate_images", "run.prompts"}
 FREE |= {"run.change", "run.keep_every", "run.keep_last"}
 FREE |= {"run.micro_batch", "run.compile", "data.images", "data.workers", "data.cache", "data.max_broken"}
 FREE |= {"gradient_checkpointing", "frozen", "file"}
+STEPS, IMAGES = "run.steps", "data.images"
 
 
 # Fields that name a file or folder, and those that name several with what holds for their images.
@@ -132,9 +145,38 @@ def _name(place: str | None) -> str | None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """What keeps ``new`` from continuing a run of ``old``: a line for people, by the name of the setting."""
-    names = [name for name in {**old, **new} if name not in FREE and old.get(name) != new.get(name)]
-    return {name: f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in names}
+    """What keeps ``new`` from continuing a run of ``old``: a line for people, by the name of the setting.
+
+    The number of steps counts where the learning rate falls along a cosine that ends with them. Of the entries of
+    ``data.images`` what they say of their images counts, and not where these lie.
+    """
+    free = FREE - ({STEPS} if _falls(old) and _falls(new) else set())
+    names = [name for name in {**old, **new} if name not in free and old.get(name) != new.get(name)]
+    lines = {name: f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in names}
+    if STEPS in lines:
+        lines[STEPS] += ", which changes the learning rate of every step (optimiser.schedule is cosine)"
+    was, now = (_entries(settings) for settings in (old, new))
+    if was and now and was != now:
+        lines[IMAGES] = f"{IMAGES}: was {old[IMAGES]}, is {new[IMAGES]}"
+    return lines
+
+
+def _falls(settings: Mapping[str, Any]) -> bool:
+    return settings.get("optimiser.schedule") == "cosine"
+
+
+def _entries(settings: Mapping[str, Any]) -> list[entries.Entry]:
+    """What the entries of ``data.images`` say of their images; one where all say the same, however many there are."""
+    texts = ast.literal_eval(settings[IMAGES]) if IMAGES in settings else ()
+    said = [_said(text) for text in texts]
+    return said[:1] if len(set(said)) == 1 else said
+
+
+def _said(text: str) -> entries.Entry:
+    try:
+        return replace(entries.parse(text), place="")
+    except DAVAEError:  # a place with such a name that was there and has moved
+        return entries.Entry("")
 
 
 def from_command_line(

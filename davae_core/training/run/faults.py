@@ -63,11 +63,14 @@ def _less(settings: Mapping[str, Any]) -> str:
     """What takes less memory in this training, what changes nothing first."""
     micro = int(settings.get("run.micro_batch") or settings.get("run.batch") or 1)
     ways = [f"--run.micro-batch {max(1, micro // 2)} (it was {micro})"] if micro > 1 else []
+    adaptive = settings.get("critic.adaptive") or settings.get("alignment.adaptive")  # by the ratio of a micro-batch
+    same, other = ([], [*ways]) if adaptive else (ways, [])
     if settings.get("gradient_checkpointing") is False:
-        ways.append("--gradient-checkpointing")
-    same = " or ".join(ways)
-    size = "--data.size, which makes another training (--run.change data.size)"
-    return f"Reduce {f'{same}, and the result is the same; or ' if same else ''}{size}"
+        same.append("--gradient-checkpointing")
+    others = " or ".join([*other, "--data.size"])
+    which = f"{others}, which makes another training (--run.change data.size)"
+    kept = f"{' or '.join(same)}, and the result is the same; or " if same else ""
+    return f"Reduce {kept}{which}"
 
 
 def told(problem: BaseException) -> str:

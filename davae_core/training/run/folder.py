@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -83,7 +82,9 @@ def write_config(folder: Path, about: states.About, told: Mapping[str, Any]) -> 
         "changes": list(about.changes),
         "settings": about.settings,
     }
-    atomic.write(folder / CONFIG, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Of a name that is not UTF-8 each such byte becomes \udcXX, which JSON reads as Python holds it.
+    atomic.write(folder / CONFIG, text.encode("utf-8", "backslashreplace"))
 
 
 def checkpoint(folder: Path, step: int) -> Path:
@@ -92,21 +93,22 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 def keep_state(folder: Path, step: int) -> None:
-    """Give the checkpoint of a step the state that was saved at it, without a copy where the file system can.
+    """Give the checkpoint of a step a copy of the state that was saved at it.
+
+    No link: people copy a checkpoint's state over that of the run, which would write into the other checkpoint's.
 
     Raises:
         WriteError: it cannot be written.
     """
-    source, target = folder / states.FILE, checkpoint(folder, step) / states.FILE
-    with atomic.writing(target) as temporary:
-        try:
-            os.link(source, temporary)  # states are replaced, never changed
-        except OSError:
-            shutil.copyfile(source, temporary)
+    with atomic.writing(checkpoint(folder, step) / states.FILE) as temporary:
+        shutil.copyfile(folder / states.FILE, temporary)
 
 
 def prune(folder: Path, last: int) -> None:
-    """Remove the checkpoints before the newest ``last``; none for 0."""
-    kept = sorted(path for path in folder.glob("step_*") if (path / states.FILE).is_file())
+    """Remove the checkpoints but for the ``last`` that were written last, whatever their steps; none for 0."""
+    kept = sorted(
+        (path for path in folder.glob("step_*") if (path / states.FILE).is_file()),
+        key=lambda path: ((path / states.FILE).stat().st_mtime_ns, path.name),
+    )
     for path in kept[: -last or len(kept)] if last else ():
         shutil.rmtree(path, ignore_errors=True)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from ... import bounds
 from ..data import dataset, survey
 from ..data.config import DataConfig
 from ..data.prompts import Blank
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 Images = Callable[[], Iterable[torch.Tensor]]
 Collect = Callable[[DataConfig, int, Path | None], Collection]
 SURVEY_BATCH, SURVEY_STEPS, HELD_BATCH = 16, 64, 8
+ENDING = ".safetensors"
 SURVEY_PASSES = 4  # over a small set, for its crops and mirror images
 
 
@@ -88,9 +90,11 @@ def launch(
         stage, name: how the recipe was asked for.
 
     Raises:
-        DAVAEError: the folder belongs to another run, or something that the recipe names is not there.
+        DAVAEError: the folder belongs to another run, or something that the recipe names is not there, or names no
+            file that the run could leave.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_file(recipe)
     with heartbeat.ending():
         heartbeat.at("looking for devices and other processes")
         # No buffer changes in training, and the position table of SD3.5-medium alone is 453 MB.
@@ -100,6 +104,18 @@ def launch(
         accelerator = Accelerator(cpu=_several_on_cpu(), mixed_precision="no", kwargs_handlers=[several])
         with folder.claimed(recipe.run.out) if accelerator.is_main_process else nullcontext():
             return _train(recipe, multiple, build, latents, collect, accelerator, (stage, name))
+
+
+def check_file(recipe: Any) -> None:
+    """Raise DAVAEError where the name of the finished file (``file``, of recipes that have it) is none, or is taken."""
+    if (name := getattr(recipe, "file", None)) is None:
+        return
+    path = PureWindowsPath(name)  # knows the separators of either system
+    taken = path.name.lower() == states.FILE
+    fits = path.name == name and path.suffix.lower() == ENDING and not taken
+    expected = f"the name of a {ENDING} file, without a folder (--run.out names that)"
+    why = " (the state of the run has this name)" if taken else ""
+    bounds.require("file", f"{name!r}{why}", fits, expected)
 
 
 def _train(

@@ -2,7 +2,7 @@
 
 import math
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -116,6 +116,7 @@ def _run(
     report, device, bad = keeper.report, accelerator.device, 0
     steps = iter(_whole_steps(batches(keeper.step), device) if keeper.step < run.steps else ())
     micros: Sequence[Batch] = []
+    went_on: set[str] = set()  # phases that took one of the bad steps
 
     def halted() -> bool:
         """Whether one of the processes is to stop; then the state is saved."""
@@ -168,6 +169,7 @@ def _run(
                 player.step(rate, step)
             keeper.step, keeper.skipped = step + 1, keeper.skipped + (not finite)
         bad = 0 if finite else bad + 1
+        went_on = set() if finite else went_on | {name for name, one in taking_part.items() if one in good}
         if step == keeper.start:
             keeper.write_config(str(device), accelerator.num_processes)
             if keeper.main:
@@ -177,7 +179,7 @@ def _run(
             report.scalars(keeper.step, logs | {"skipped": keeper.skipped})
         if bad >= run.bad_steps:
             keeper.save()
-            raise DAVAEError(_diverged(bad, keeper.step, logs, optimiser))
+            raise DAVAEError(_diverged(bad, keeper.step, logs, optimiser, went_on))
         last = keeper.step >= run.steps
         stop, due = _agreed(accelerator, stops.asked(), keeper.due)
         if last or (stop and halted()):
@@ -213,12 +215,18 @@ def _reason(stops: Stops) -> str:
     return stops.reason or "another process was told to"
 
 
-def _diverged(bad: int, step: int, logs: dict[str, float], optimiser: OptimiserConfig) -> str:
-    """What to say of a loss that stays not finite."""
+def _diverged(bad: int, step: int, logs: dict[str, float], optimiser: OptimiserConfig, went_on: Collection[str]) -> str:
+    """What to say of a loss that stays not finite; ``went_on`` are the phases that took one of these steps."""
+    changed = "None of these steps changed the weights"
+    if went_on:
+        changed = (
+            "A phase kept its weights where its own loss or gradient was not finite; those of "
+            f"{' and '.join(sorted(went_on))} were changed by some of these steps"
+        )
     return (
-        f"the loss or the gradient was not finite in {bad} steps in a row, up to step {step}: {logs}. None of these "
-        f"steps changed the weights. Go on with a lower rate (--run.resume --run.change optimiser.lr --optimiser.lr "
-        f"{optimiser.lr / 2:g}), or in fp32 (--run.resume --run.change run.precision --run.precision fp32)"
+        f"the loss or the gradient was not finite in {bad} steps in a row, up to step {step}: {logs}. {changed}. Go on "
+        f"with a lower rate (--run.resume --run.change optimiser.lr --optimiser.lr {optimiser.lr / 2:g}), or in fp32 "
+        "(--run.resume --run.change run.precision --run.precision fp32)"
     )
 
 
@@ -242,7 +250,7 @@ def _gradients(
             part = value.detach().float() * batch["share"]
             sums[name] = sums[name] + part if name in sums else part
     reduced = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean")
-    norm = sharding.whole(nn.utils.clip_grad_norm_(player.parameters.values(), clip))
+    norm = sharding.whole(nn.utils.clip_grad_norm_(player.parameters.values(), clip or math.inf))
     return dict(zip([*sums, "gradient"], [*reduced.tolist(), float(norm)], strict=True))
 
 

@@ -4,17 +4,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ... import records
 from ...checkpoints import foreign_json
 from ..data.sources import Source
-from .config import FREE
+from .config import FREE, IMAGES
 from .state import Origin
-
-IMAGES = "data.images"
 
 
 def origins(recipe: Any, images: Sequence[Source]) -> dict[str, Origin]:
@@ -26,8 +24,22 @@ def origins(recipe: Any, images: Sequence[Source]) -> dict[str, Origin]:
         recipe: all settings.
         images: those to train on.
     """
-    found = {name: _of(path) for name, path in _paths(recipe) if name not in FREE and path.exists()}
-    return found | {IMAGES: _images(images)}
+    return of_files(recipe) | {IMAGES: of_images(images)}
+
+
+def of_files(recipe: Any) -> dict[str, Origin]:
+    """Those of :func:`origins` that are no images."""
+    return {name: _of(path) for name, path in _paths(recipe) if name not in FREE and path.exists()}
+
+
+def replaced(before: Mapping[str, Origin], now: Mapping[str, Origin]) -> dict[str, str]:
+    """What is not what it was: a line for people, by the name of the setting."""
+    pairs = {name: (before[name], now[name]) for name in sorted(before.keys() & now.keys())}
+    return {
+        name: f"{name}: was {was.about} ({was.hash[:8]}), is {is_now.about} ({is_now.hash[:8]})"
+        for name, (was, is_now) in pairs.items()
+        if was.hash != is_now.hash
+    }
 
 
 def _paths(recipe: Any, prefix: str = "") -> Iterator[tuple[str, Path]]:
@@ -52,7 +64,7 @@ def _of(path: Path) -> Origin:
     return Origin(path.name, _hash(f"{records.fingerprint(files)}\n{names}"))
 
 
-def _images(found: Sequence[Source]) -> Origin:
+def of_images(found: Sequence[Source]) -> Origin:
     """The images by their names, below the folder that holds all of them, and their sizes in bytes."""
     files = {source.file for source in found}
     above = len(os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files]))
@@ -66,4 +78,4 @@ def _images(found: Sequence[Source]) -> Origin:
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]

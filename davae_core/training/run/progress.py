@@ -59,11 +59,17 @@ class Report:
         self._closed = threading.Event()
         if active:
             threading.Thread(target=self._refresh, daemon=True).start()
+        self._named = _is_utf8(folder)
+        if not self._named:
+            self.warn(
+                f"TensorBoard opens no folder whose name is not UTF-8, got {str(folder)!a}: the training goes on "
+                "without its curves; for them give the run another folder (--run.out)"
+            )
 
     @property
     def writer(self) -> SummaryWriter | None:
         """TensorBoard's, from the first use on; None on all processes but the first, and where it cannot write."""
-        if self._writer is None and self.active and not self._mute:
+        if self._writer is None and self.active and self._named and not self._mute:
             self._writer = SummaryWriter(str(self.folder), purge_step=self.start + 1)
         return self._writer
 
@@ -166,3 +172,11 @@ class Report:
         made = {*self.folder.glob("events.*"), *self.folder.glob(validation.FILE)} - self._before
         for path in made if self.active else ():
             path.unlink()
+
+
+def _is_utf8(folder: Path) -> bool:
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

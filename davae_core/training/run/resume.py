@@ -8,7 +8,8 @@ from typing import Any
 
 from ...errors import DAVAEError
 from . import state as states
-from .config import RunConfig, differences, without_folders
+from .config import IMAGES, RunConfig, differences, without_folders
+from .origins import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,7 @@ def changes(
     """
     _check_names(run.change, {*saved.recipe, *recipe, *origins})
     before = saved.about.origins
-    known = {name for name in origins if name in before}
-    lines = {name: line for name, line in differences(saved.recipe, recipe).items() if name not in known}
-    for name in sorted(known):
-        was, now = before[name], origins[name]
-        if was.hash != now.hash:
-            lines[name] = f"{name}: was {was.about} ({was.hash[:8]}), is {now.about} ({now.hash[:8]})"
+    lines = _lines(differences(saved.recipe, recipe), before, origins)
     refused = {name: line for name, line in lines.items() if not _covered(name, run.change)}
     if refused:
         raise DAVAEError(
@@ -62,9 +58,25 @@ def changes(
             f"{'; '.join(refused.values())}. Use the old settings, or another folder (--run.out), or name what you "
             f"change on purpose: --run.resume --run.change {' '.join([*run.change, *refused])}"
         )
-    short = differences(without_folders(saved.recipe), without_folders(recipe))  # these lines go into the files
-    told = [line if name in known else short.get(name, f"{name}: elsewhere") for name, line in lines.items()]
-    return tuple(f"from step {saved.step} on, {line}" for line in told)
+    # These lines go into the files.
+    short = _lines(differences(without_folders(saved.recipe), without_folders(recipe)), before, origins)
+    return tuple(f"from step {saved.step} on, {short.get(name, f'{name}: elsewhere')}" for name in lines)
+
+
+def _lines(
+    settings: Mapping[str, str], before: Mapping[str, states.Origin], now: Mapping[str, states.Origin]
+) -> dict[str, str]:
+    """What has changed, by name: settings, and files, folders and images by what they hold instead of where they lie.
+
+    Args:
+        settings: lines about them.
+        before, now: what they name.
+    """
+    known = (before.keys() & now.keys()) - {IMAGES}  # of images the settings are said beside what is there
+    lines = {name: line for name, line in settings.items() if name not in known}
+    for name, line in replaced(before, now).items():
+        lines[name] = f"{lines[name]}; {line}" if name in lines else line
+    return lines
 
 
 def _covered(name: str, allowed: Iterable[str]) -> bool:

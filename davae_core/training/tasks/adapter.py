@@ -6,7 +6,6 @@ Source: arXiv 2603.22125 sec. 3.2. The embedder and the head, widened by zeros, 
 Writes an adapter file.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ... import bases, checkpoints, flow, tiny
+from ... import bases, bounds, checkpoints, flow, tiny
 from ... import sampling as sampler
 from ...adapter import PAPER_TARGETS, Adapter, Recommended
 from ...davae import DAVAE
@@ -130,8 +129,9 @@ def given(batch: Batch, factor: float, base_channels: int) -> torch.Tensor | Non
 
 def check_settings(recipe: AdapterRecipe) -> None:
     """Raise DAVAEError where a setting makes no sense or two contradict each other."""
-    if not (0 < recipe.detail_factor < math.inf):
-        raise DAVAEError(f"--detail-factor must be above 0, got {recipe.detail_factor}")
+    bounds.above_0("detail-factor", recipe.detail_factor)
+    bounds.above_0("flow.shift", recipe.flow.shift)
+    bounds.require("rank", recipe.rank, recipe.rank >= 0, "at least 0; 0 trains the embedder and the head alone")
     if recipe.start is not None and not recipe.zero_init:
         raise DAVAEError("--no-zero-init draws what --start brings along; leave one of the two out")
     if recipe.frozen == "bf16" and recipe.run.precision != "bf16":

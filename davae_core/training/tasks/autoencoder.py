@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ... import checkpoints, tiny
+from ... import bounds, checkpoints, tiny
 from ...adapter import Recommended
 from ...alignment import alignment_loss
 from ...autoencoder import Autoencoder
@@ -34,7 +34,7 @@ from ..run.launch import Images, Launch, launch
 from ..run.task import Batch, Losses, Phase
 from ..run.validation import SHEET_IMAGES
 from . import pieces
-from .begin import Units, check_units, decoder_from, on_base, start_from
+from .begin import check_units, decoder_from, measured_units, on_base, start_from
 from .critic import CriticConfig, CriticPhase, PatchCritic, gradient_ratio
 from .recompute import blocks_of, recompute
 from .redrawing import RedrawConfig, Redrawing
@@ -93,6 +93,9 @@ class AutoencoderRecipe:
     `latent_noise` says."""
     detail_dropout: float = 0.1
     """Share of samples whose whole detail latent is set to zero before decoding."""
+
+    def __post_init__(self) -> None:
+        bounds.share("detail-dropout", self.detail_dropout)
 
 
 class AutoencoderPhase(Phase):
@@ -315,17 +318,6 @@ class AutoencoderTask:
             latents = (pieces.encode(self.model, x)[:, channels:] for batch in self.images() for x in batch.split(1))
             mean, std = statistics(latents)
         self.model.set_detail_statistics(mean.tolist(), std.tolist())
-
-
-@torch.no_grad()
-def measured_units(model: DAVAE, images: Images) -> Units:
-    """Shift and scale per channel that give the base latents of the images mean 0 and standard deviation 1.
-
-    To six digits, so that a resumed run, which measures again, has the same ones.
-    """
-    mean, std = statistics(model.to(x.device).encode_base(x) for batch in images() for x in batch.split(1))
-    shift, scale = (tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, 1 / std))
-    return shift, scale
 
 
 def freeze_detail(model: DAVAE, recipe: AutoencoderRecipe) -> None:

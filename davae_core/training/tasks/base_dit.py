@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ... import bases, checkpoints, tiny
+from ... import bases, bounds, checkpoints, tiny
 from ... import sampling as sampler
 from ...checkpoints import files, metadata
 from ...errors import DAVAEError
@@ -81,6 +81,7 @@ class BaseDiTTask:
     """Trains :class:`BaseDiTPhase`; leaves the model and the text encoder."""
 
     def __init__(self, recipe: BaseDiTRecipe, images: Images) -> None:
+        bounds.above_0("flow.shift", recipe.flow.shift)
         self.recipe = recipe
         self.autoencoder = pretrained.base_vae(recipe.autoencoder).requires_grad_(False)
         family = pretrained.base_of_file(recipe.autoencoder, self.autoencoder.config, bases.SD3.name)

@@ -13,10 +13,23 @@ from ...bases import BASES, Base, base_of_latent
 from ...davae import DAVAE, DAVAEConfig
 from ...errors import DAVAEError
 from ...latent import LatentSpec
+from ..objective import statistics
+from ..run.launch import Images
 
 logger = logging.getLogger(__name__)
 
 Units = tuple[float | tuple[float, ...], float | tuple[float, ...]]
+
+
+@torch.no_grad()
+def measured_units(model: DAVAE, images: Images) -> Units:
+    """Shift and scale per channel that give the base latents of the images mean 0 and standard deviation 1.
+
+    To six digits, so that a resumed run, which measures again, has the same ones.
+    """
+    mean, std = statistics(model.to(x.device).encode_base(x) for batch in images() for x in batch.split(1))
+    shift, scale = (tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, 1 / std))
+    return shift, scale
 
 
 def on_base(base: Autoencoder, detail_channels: int, scale: int, train_trunk: bool, units: Units = (0.0, 1.0)) -> DAVAE:

@@ -8,7 +8,10 @@ import torch.distributed as distributed
 import torch.nn.functional as F
 from torch import nn
 
+from ... import bounds
 from ..run.task import Batch, Losses, Phase
+
+GROUPS = 8  # of channels, for the norms
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,17 @@ class CriticConfig:
     start: int = 5000
     """First step with a critic."""
     width: int = 64
-    """Channels of the critic's first layer."""
+    """Channels of the critic's first layer, a multiple of 4."""
     layers: int = 3
     """Strided layers; each halves the resolution."""
+
+    def __post_init__(self) -> None:
+        if not self.weight:
+            return
+        bounds.require("critic.layers", self.layers, self.layers >= 0, "at least 0")
+        # The norms are of twice this width and more; without further layers there are none.
+        fits = self.width >= 1 and (not self.layers or 2 * self.width % GROUPS == 0)
+        bounds.require("critic.width", self.width, fits, f"a multiple of {GROUPS // 2}, as 32 or 64")
 
 
 class PatchCritic(nn.Module):
@@ -37,7 +48,7 @@ class PatchCritic(nn.Module):
         parts: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
             stride = 2 if i < layers - 1 else 1
-            parts += [nn.Conv2d(a, b, 4, stride, padding=1), nn.GroupNorm(8, b), nn.LeakyReLU(0.2)]
+            parts += [nn.Conv2d(a, b, 4, stride, padding=1), nn.GroupNorm(GROUPS, b), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ... import bases, checkpoints, tiny
+from ... import bases, bounds, checkpoints, tiny
 from ...davae import DAVAE
 from ...errors import DAVAEError
 from ...held_out import flat, reconstruction_errors
@@ -19,7 +19,7 @@ from ...history import History, Identity, Role, identity
 from ...images import tile
 from ...metrics import resize_bicubic
 from ...perceptual import PerceptualDistance
-from ...predictor import DetailPredictor, PredictorConfig
+from ...predictor import GROUPS, DetailPredictor, PredictorConfig
 from ..data.config import DataConfig
 from ..data.draws import Draws
 from ..data.latents import LatentCache
@@ -211,6 +211,9 @@ class PredictorTask:
 
 def check_settings(recipe: PredictorRecipe) -> None:
     """Raise DAVAEError where a setting makes no sense or two contradict each other."""
+    width, fits = recipe.width, recipe.width > 0 and recipe.width % GROUPS == 0
+    bounds.require("width", width, fits, f"a multiple of {GROUPS}, as {GROUPS * max(1, round(width / GROUPS))}")
+    bounds.require("blocks", recipe.blocks, recipe.blocks >= 0, "at least 0")
     if recipe.variants < 0:
         raise DAVAEError(f"--variants is a number of at least 0, got {recipe.variants}")
     if recipe.vary and recipe.keep_latents and not recipe.variants:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from ... import devices, records
 from ...embeddings import KIND, key_of
 from ...errors import DAVAEError
-from ..data import sources
+from ..data import entries, prompts, sources
+from ..data.listing import Source
 from .asked import read_prompts
 from .encoders import Role, TextEncoders, load_clip, load_t5, weight_files
 from .tokens import Tokenizers
@@ -35,12 +36,12 @@ logger = logging.getLogger(__name__)
 class TextConfig:
     """Which captions, which encoders, and where the embeddings go."""
 
-    images: tuple[str, ...]
-    """Folders of images and WebDataset shards, as --data.images of the training."""
     out: Path
     """Folder for the embeddings."""
+    images: tuple[str, ...] = ()
+    """Folders of images, WebDataset shards, and text files of prompts, one a line, as --data.images of the training."""
     prompts: Path | None = None
-    """Text file of more prompts, one a line: those of the sample sheets, as --run.prompts of the training."""
+    """Text file of prompts, one a line: those of the sample sheets, as --run.prompts of the training."""
     model: Path | None = None
     """A folder of SD3 / SD3.5 in diffusers' layout (then its tokenizers are used too), or a checkpoint with the text
     encoders in it; for what is not given by itself."""
@@ -68,13 +69,30 @@ class TextConfig:
             raise DAVAEError(f"batch and shard must be at least 1, got {self.batch} and {self.shard}")
 
 
-def captions_in(images: Iterable[str]) -> list[str]:
-    """The captions of all images, each once, after the empty one.
+def asked_captions(config: TextConfig) -> list[str]:
+    """All captions and prompts to encode, each once, after the empty one.
 
     Raises:
-        DAVAEError: see :func:`davae_core.training.data.sources.index`.
+        DAVAEError: none are given, or they cannot be read.
     """
-    listed = (caption for source in sources.index(images) for caption in source.captions)
+    if not config.images and config.prompts is None:
+        raise DAVAEError("no captions are given: name images or text files of prompts (--images), or --prompts")
+    asked = read_prompts(config.prompts) if config.prompts is not None else []
+    return list(dict.fromkeys([*captions_in(config.images), *(one.prompt for one in asked)]))
+
+
+def captions_in(images: Iterable[str]) -> list[str]:
+    """The captions of all images and the lines of text files, each once, after the empty one.
+
+    Raises:
+        DAVAEError: see :func:`davae_core.training.data.sources.index` and
+            :func:`davae_core.training.data.prompts.lines_of`.
+    """
+    found: list[Source] = []
+    for text in images:
+        entry = entries.parse(text)
+        found += prompts.lines_of(entry) if prompts.is_text(entry) else sources.index([text])
+    listed = (caption for source in found for caption in source.captions)
     return list(dict.fromkeys(["", *listed]))
 
 
@@ -122,12 +140,16 @@ def run(config: TextConfig) -> int:
     """Encode the captions of a training; returns how many had to be encoded.
 
     Raises:
-        DAVAEError: something is missing or cannot be used.
+        DAVAEError: something is missing or cannot be used, or another process is at work in the folder.
     """
+    captions = asked_captions(config)
+    with records.claimed(config.out):
+        return _encoded(config, captions)
+
+
+def _encoded(config: TextConfig, captions: Sequence[str]) -> int:
+    """What :func:`run` does in the folder."""
     device = devices.device(config.device)
-    captions = captions_in(config.images)
-    if config.prompts is not None:
-        captions = list(dict.fromkeys([*captions, *(asked.prompt for asked in read_prompts(config.prompts))]))
     places: dict[Role, Path] = {
         "clip_l": _source(config, "clip_l", config.clip_l),
         "clip_g": _source(config, "clip_g", config.clip_g),

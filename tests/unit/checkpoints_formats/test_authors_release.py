@@ -100,7 +100,7 @@ def test_a_release_without_its_base_vae_takes_one(
     config = tmp_path / "vae" / "config.json"  # the same shapes in FLUX.1's units: not the VAE of the release
     config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": 0.1159, "scaling_factor": 0.3611}))
     with pytest.raises(CheckpointError, match=r"holds the VAE of FLUX\.1 \(told by its metadata\).*that of SD3"):
-        run(source, tmp_path / "x.safetensors", "--base", tmp_path / "vae")
+        run(source, tmp_path / "y.safetensors", "--base", tmp_path / "vae")
 
 
 def test_a_wrong_order_of_channels_is_found(

@@ -23,6 +23,7 @@ from davae_core.checkpoints import (
 )
 from davae_core.davae import DAVAE, PREDICTOR
 from davae_core.errors import CheckpointError
+from davae_core.history import History, identity
 from davae_core.latent import LatentSpec
 from davae_core.lora import LORA_MODULES
 from davae_core.mmdit import MMDiT, MMDiTConfig
@@ -242,15 +243,73 @@ def test_an_autoencoder_runs_by_diffusers_encoder_and_decoder(
 def test_an_autoencoder_without_a_base_decoder_asks_for_the_base_vae(
     tmp_path: Path, run, make_davae: Callable[..., DAVAE], toy_vae: AutoencoderConfig
 ) -> None:
-    save_autoencoder(tmp_path / "a.safetensors", make_davae())
+    model, vae = make_davae(), Autoencoder(toy_vae)
+    vae.encoder.load_state_dict(model.base_encoder.state_dict())
+    save_autoencoder(tmp_path / "a.safetensors", model)
     with pytest.raises(CheckpointError, match="--base"):
         run(tmp_path / "a.safetensors", tmp_path / "d", "--to", "diffusers")
     assert not (tmp_path / "d").exists()
-    vae = Autoencoder(toy_vae)
     files.save(tmp_path / "vae.safetensors", vae.state_dict(), {})
     run(tmp_path / "a.safetensors", tmp_path / "d", "--to", "diffusers", "--base", tmp_path / "vae.safetensors")
     kl, z = AutoencoderKL.from_pretrained(tmp_path / "d" / "base_vae"), torch.randn(1, 16, 2, 2)
     assert torch.allclose(kl.decode(z).sample, vae.decode(z), atol=1e-4)
+
+
+def test_the_base_vae_has_to_be_the_one_of_the_autoencoder(
+    tmp_path: Path, run, make_davae: Callable[..., DAVAE], toy_vae: AutoencoderConfig, base: MMDiT
+) -> None:
+    model, right, wrong = make_davae(), Autoencoder(toy_vae), Autoencoder(toy_vae)
+    right.encoder.load_state_dict(model.base_encoder.state_dict())
+    history = History(of={"base_vae": identity("base_vae", right.state_dict(), "mine.safetensors")})
+    save_autoencoder(tmp_path / "a.safetensors", model, history=history)
+    files.save(tmp_path / "wrong.safetensors", wrong.state_dict(), {"davae.base": "flux1"})
+    files.save(tmp_path / "model.safetensors", base.state_dict(), {})
+    said = r"VAE of FLUX\.1 \(told by its metadata\).*70 of 70 tensors.*give mine\.safetensors"
+    for name, message in (("wrong", said), ("model", "and holds no VAE; give the plain VAE that a.safetensors")):
+        with pytest.raises(CheckpointError, match=message):
+            run(
+                tmp_path / "a.safetensors",
+                tmp_path / "d",
+                "--to",
+                "diffusers",
+                "--base",
+                tmp_path / f"{name}.safetensors",
+            )
+        assert not (tmp_path / "d").exists()
+    for dtype in (torch.float16, torch.bfloat16):
+        path = tmp_path / f"{dtype}.safetensors"
+        files.save(path, right.to(dtype).state_dict(), {})
+        run(tmp_path / "a.safetensors", tmp_path / str(dtype), "--to", "diffusers", "--base", path)
+
+
+@pytest.mark.parametrize("decoder", ["inside", "beside"])
+def test_an_autoencoder_on_a_vae_with_quant_convs_keeps_them(
+    tmp_path: Path, run, make_davae: Callable[..., DAVAE], decoder: str
+) -> None:
+    shape = AutoencoderConfig(widths=(32, 32, 32, 32), blocks=1, latent_channels=4, quant_conv=True)
+    vae = Autoencoder(shape)
+    model = make_davae(4, base=shape, base_decoder=decoder == "inside", base_shift=0.0, base_scale=0.13025)
+    given = {name.replace("base_", ""): tensor for name, tensor in model.state_dict().items() if "base_" in name}
+    vae.load_state_dict(vae.state_dict() | given)
+    save_autoencoder(tmp_path / "a.safetensors", model)
+    files.save(tmp_path / "vae.safetensors", vae.state_dict(), {})
+    options = () if decoder == "inside" else ("--base", tmp_path / "vae.safetensors")
+    run(tmp_path / "a.safetensors", tmp_path / "d", "--to", "diffusers", *options)
+    for name in ("base_vae", "detail_vae"):
+        config = AutoencoderKL.from_pretrained(tmp_path / "d" / name).config
+        assert (config.use_quant_conv, config.use_post_quant_conv, config.scaling_factor) == (True, True, 0.13025)
+    (back,) = run(tmp_path / "d" / "base_vae", tmp_path / "back.safetensors")
+    state, told = files.read(back)
+    assert told["davae.base"] == "sdxl" and state.keys() == vae.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in vae.state_dict().items())
+
+
+def test_a_vae_that_lacks_a_tensor_is_not_written(tmp_path: Path, run, toy_vae: AutoencoderConfig) -> None:
+    state = Autoencoder(toy_vae).state_dict()
+    del state["decoder.conv_out.bias"]
+    files.save(tmp_path / "v.safetensors", state, {})
+    with pytest.raises(CheckpointError, match=r"1 tensors of its layout are not there, decoder\.conv_out\.bias"):
+        run(tmp_path / "v.safetensors", tmp_path / "d", "--to", "diffusers")
 
 
 def test_a_folder_that_is_in_use_is_left_alone(tmp_path: Path, run, make_davae: Callable[..., DAVAE]) -> None:

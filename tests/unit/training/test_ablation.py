@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from davae_core.errors import DAVAEError
 from davae_core.lock import holding
 from davae_core.sampling import Sampling
 from davae_core.training import __main__ as entry
+from davae_core.training import residual
 from davae_core.training import stages as known
-from davae_core.training.ablation import bench, table, trainings
+from davae_core.training.ablation import bench, comparable, table, trainings
 from davae_core.training.ablation.budget import BenchConfig, Steps
 from davae_core.training.ablation.variants import ABOUT, VARIANTS, chosen
+from davae_core.training.data import stored_latents
 from davae_core.training.run.task import Batch, Losses
 from davae_core.training.tasks import adapter
 
@@ -156,6 +159,82 @@ def test_what_is_finished_is_not_run_again(done: Path, toy: BenchConfig, monkeyp
     assert {path: path.read_bytes() for path in done.rglob("[0-9].json")} == before
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"quick": False, "captions": 4}, r"--quick: was True, is False; --captions: was 2, is 4\)"),
+        ({"adapter": "other"}, r"--adapter: was davae_tiny_adapter\.safetensors \(\w{8}\), is other\.safetensors"),
+        ({"images": "other"}, r"--images: was "),
+    ],
+)
+def test_results_of_other_settings_are_refused_before_anything_is_trained(
+    done: Path, toy: BenchConfig, tmp_path: Path, changed: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = checkpoints.load_adapter(toy.adapter)
+    other = replace(other, state={name: tensor + 1 for name, tensor in other.state.items()})
+    checkpoints.save_adapter(tmp_path / "other.safetensors", other)
+    (tmp_path / "train").mkdir()
+    places = {"adapter": tmp_path / "other.safetensors", "images": tmp_path}
+    given = replace(
+        toy, seeds=(5,), variants=("sampling",), **{n: places.get(n, value) for n, value in changed.items()}
+    )
+    monkeypatch.setattr(bench, "_run", lambda *_: pytest.fail("a run was begun"))
+    with pytest.raises(DAVAEError, match=rf"0\.json was made with other settings .*{said}.*another folder \(--out\)"):
+        bench.bench(given)
+
+
+def test_seeds_precision_and_what_a_group_does_not_use_may_differ(done: Path, toy: BenchConfig) -> None:
+    told = comparable.settings(replace(bench.quick(toy), seeds=(7,), precision="fp32", compile=True))
+    comparable.check(done, chosen(bench.QUICK), told)
+    comparable.check(done, chosen(["sampling"]), told | {"steps.adapter": 9, "batch": 9, "held_out": 9})
+    with pytest.raises(DAVAEError, match=r"adapter/paper/0\.json .*--steps\.adapter: was 2, is 9"):
+        comparable.check(done, chosen(["adapter"]), told | {"steps.adapter": 9})
+
+
+def test_a_result_of_before_tells_its_numbers() -> None:
+    result = {"bench": {"steps": {"adapter": 7}, "captions": 48, "quick": False, "adapter": "a.safetensors"}}
+    assert comparable.recorded(result) == {"steps.adapter": 7, "captions": 48, "quick": False}
+    assert comparable.recorded({}) == {}
+
+
+def test_the_table_tells_what_does_not_belong_together(
+    done: Path, toy: BenchConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done / "sampling", tmp_path / "sampling")
+    asked = replace(toy, out=tmp_path, variants=("sampling/cfg-1.5",), table=True)
+    assert bench.bench(asked) == 0 and "warning" not in capsys.readouterr().out
+    path = tmp_path / "sampling" / "cfg-1.5" / "0.json"
+    told = json.loads(path.read_text("utf-8"))
+    told[comparable.KEY]["captions"] = 48
+    path.write_text(json.dumps(told), "utf-8")
+    assert bench.bench(asked) == 0
+    said = capsys.readouterr().out
+    assert "| cfg-1.5 | 1 |" in said
+    assert "cfg-1.5/0.json cannot be compared with" in said and "--captions: was 2, is 48" in said
+
+
+def test_the_da_vae_with_a_predictor_inside_is_made_anew_of_other_files(
+    toy: BenchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, made = replace(toy, out=tmp_path), []
+    variants = [variant for variant in chosen(["adapter"]) if variant.residual][:1]
+    latents = tmp_path / "latents_residual"
+
+    def write(asked: residual.ResidualConfig) -> None:
+        made.append(asked.predictor)
+        asked.out.write_bytes(b"a DA-VAE")
+
+    monkeypatch.setattr(residual, "write", write)
+    monkeypatch.setattr(stored_latents, "compute", lambda asked: asked.out.mkdir(exist_ok=True))
+    told = comparable.settings(config)
+    for predictor, times in (("one", 1), ("one", 1), ("two", 2)):
+        trainings.prepare(config, variants, told | {"predictor": {"name": "p", "hash": predictor}})
+        assert len(made) == times
+    (latents / "old").write_bytes(b"")
+    trainings.prepare(config, variants, told | {"autoencoder": {"name": "a", "hash": "other"}})
+    assert len(made) == 3 and not (latents / "old").exists()
+
+
 def test_a_run_that_another_process_is_at_is_left_to_it(
     done: Path, toy: BenchConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +266,10 @@ def test_a_bench_that_is_stopped_goes_on(
     assert bench.bench(stopped) == bench.STOPPED
     monkeypatch.undo()
     assert list(stopped.out.rglob("state.safetensors"))
+    with pytest.raises(DAVAEError, match=r"run_0 was made with other settings .*--steps\.adapter: was 2, is 3"):
+        comparable.check(
+            stopped.out, chosen(stopped.variants), comparable.settings(bench.quick(toy)) | {"steps.adapter": 3}
+        )
     assert bench.bench(stopped) == 0
     told, alone = (json.loads((out / "adapter/paper/0.json").read_text("utf-8")) for out in (stopped.out, done))
     assert told["figures"] == alone["figures"]

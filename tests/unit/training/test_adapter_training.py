@@ -306,6 +306,36 @@ def test_noise_and_times_are_those_of_the_flow() -> None:
     assert noised(x0, draws, FlowConfig()).weight is None
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *((name, value) for name in ("prompt_dropout", "word_dropout") for value in (-0.1, 1.1, float("nan"))),
+        *(("shift", value) for value in (-1.0, float("inf"))),
+        *(("time_std", value) for value in (0.0, -1.0)),
+        ("time_mean", float("nan")),
+        ("min_snr", -1.0),
+    ],
+)
+def test_a_flow_of_nothing_is_refused(setting: str, value: float) -> None:
+    with pytest.raises(DAVAEError, match=rf"--flow\.{setting.replace('_', '-')} must be .*, got {value}"):
+        FlowConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "said"),
+    [
+        ("adapter", "--flow.shift 0", r"--flow\.shift must be above 0 and finite, got 0"),
+        ("base_dit", "--flow.shift 0", r"--flow\.shift must be above 0"),
+        ("adapter", "--rank -1", "--rank must be at least 0; 0 trains the embedder and the head alone, got -1"),
+    ],
+)
+def test_settings_that_make_no_training_are_refused(
+    stages: Any, tmp_path: Path, stage: str, more: str, said: str
+) -> None:
+    with pytest.raises(DAVAEError, match=said):
+        stages.run(stage, tmp_path / "run", 1, *more.split())
+
+
 def test_times_do_not_depend_on_noise() -> None:
     draws = Draws(0, 3, torch.arange(4000))
     point = noised(torch.zeros(4000, 1, 1, 1), draws, FlowConfig())

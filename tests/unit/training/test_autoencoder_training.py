@@ -1,5 +1,6 @@
 """Stage 1 and its base: what is frozen, what is trained, and what the exported files hold."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,21 @@ def test_what_does_not_go_with_a_frozen_detail_branch_is_said(
     start = ["--start", str(stages.file("autoencoder"))] if more else []
     with pytest.raises(DAVAEError, match=message):
         stages.run("autoencoder", tmp_path, 1, "--freeze-detail", *start, *more)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.5, float("nan")])
+def test_a_detail_dropout_that_is_no_share_is_refused(dropout: float) -> None:
+    _, recipe = AUTOENCODER["micro"]
+    with pytest.raises(DAVAEError, match=rf"--detail-dropout must be from 0 to 1, got {dropout}"):
+        replace(recipe, detail_dropout=dropout)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["state.safetensors", "State.safetensors", "a/b.safetensors", "a\\b.safetensors", "davae.pt", ".safetensors"],
+)
+def test_a_file_that_a_run_cannot_leave_is_refused(stages: Any, tmp_path: Path, name: str) -> None:
+    said = r"--file must be the name of a \.safetensors file, without a folder \(--run\.out names that\), got '"
+    with pytest.raises(DAVAEError, match=said):
+        stages.run("autoencoder", tmp_path / "run", 1, "--file", name)
+    assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import pytest
 
@@ -79,6 +79,44 @@ def test_differences_are_named_with_both_values() -> None:
     new = config.flat(Recipe(run=RunConfig(seed=3, out=Path("elsewhere"), resume=True)))
     assert config.differences(old, new) == {"run.seed": "run.seed: was 0, is 3"}
     assert config.differences(old, old) == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["a"], ["b"]),
+        (["a::repeats=2"], ["/x/b::repeats = 2"]),
+        (["a", "b"], ["all"]),
+        (["a", "b::size=8"], ["c", "d::size=8"]),
+        (["gone::here"], ["b"]),
+    ],
+    ids=["moved", "moved with its settings", "named as one", "both moved", "colons in its name"],
+)
+def test_images_may_lie_elsewhere(old: list[str], new: list[str]) -> None:
+    assert config.differences(images(*old), images(*new)) == {}
+
+
+@pytest.mark.parametrize("setting", ["prefix=a", "suffix=a", "repeats=4", "size=8"])
+def test_what_is_said_of_images_is_a_setting(setting: str) -> None:
+    for old, new in (([f"a::{setting}"], ["a"]), (["a", "b"], ["a", f"b::{setting}"])):
+        for was, now in ((old, new), (new, old)):
+            line = f"data.images: was {tuple(was)}, is {tuple(now)}"
+            assert config.differences(images(*was), images(*now)) == {"data.images": line}
+
+
+def images(*entries: str) -> dict[str, Any]:
+    return config.flat(Recipe(data=DataConfig(entries)))
+
+
+def test_steps_are_free_but_where_a_cosine_ends_with_them() -> None:
+    def steps(count: int, schedule: Literal["constant", "cosine"]) -> dict[str, Any]:
+        return config.flat(Recipe(run=RunConfig(steps=count), optimiser=OptimiserConfig(schedule=schedule)))
+
+    assert config.differences(steps(4, "constant"), steps(8, "constant")) == {}
+    assert config.differences(steps(4, "cosine"), steps(4, "cosine")) == {}
+    assert config.differences(steps(4, "constant"), steps(8, "cosine")).keys() == {"optimiser.schedule"}
+    (line,) = config.differences(steps(4, "cosine"), steps(8, "cosine")).values()
+    assert line.startswith("run.steps: was 4, is 8, which changes the learning rate of every step")
 
 
 def test_a_field_that_is_new_or_gone_is_a_difference() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from davae_core.errors import DAVAEError
 from davae_core.training.recipes.tiny import AUTOENCODER
 from davae_core.training.run.config import from_command_line
 from davae_core.training.tasks.autoencoder import AutoencoderTask
-from davae_core.training.tasks.critic import CriticPhase, PatchCritic
+from davae_core.training.tasks.critic import CriticConfig, CriticPhase, PatchCritic
 
 CRITIC = {"weight": "0.5", "start": "2", "width": "8", "layers": "2"}
 OPTIONS = ["--alignment.weight", "0", *(part for name in CRITIC for part in (f"--critic.{name}", CRITIC[name]))]
@@ -87,3 +88,18 @@ def test_the_phases_do_not_talk_through_the_batch(stages: Any, tmp_path: Path) -
     batch = {"image": torch.rand(2, 3, 32, 32), "position": torch.arange(2), "micro": 0}
     for phase in task.phases.values():
         assert phase(dict(batch), 2)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("width", [10, 0, -4])
+def test_a_width_that_the_norms_cannot_take_is_named(width: int) -> None:
+    with pytest.raises(DAVAEError, match=rf"--critic\.width must be a multiple of 4, as 32 or 64, got {width}"):
+        CriticConfig(weight=0.1, width=width)
+    CriticConfig(weight=0.0, width=width)  # there is no critic
+    with pytest.raises(DAVAEError, match=r"--critic\.layers must be at least 0, got -1"):
+        CriticConfig(weight=0.1, layers=-1)
+
+
+@pytest.mark.parametrize(("width", "layers"), [(4, 1), (12, 3), (10, 0)])
+def test_other_widths_make_a_critic(width: int, layers: int) -> None:
+    config = CriticConfig(weight=0.1, width=width, layers=layers)
+    assert PatchCritic(config.width, config.layers)(torch.zeros(1, 3, 64, 64)).shape[:2] == (1, 1)

@@ -22,7 +22,7 @@ from davae_core.errors import CheckpointError, DAVAEError, WriteError
 from davae_core.lock import holding
 from davae_core.training.data import dataset
 from davae_core.training.data.batches import Draw
-from davae_core.training.run import folder, loop, progress, state, stopping
+from davae_core.training.run import faults, folder, loop, progress, state, stopping
 from davae_core.training.run.config import OptimiserConfig
 from davae_core.training.run.faults import RunError
 from harness import toy_run
@@ -116,6 +116,14 @@ def test_an_error_in_a_step_saves_the_steps_before_it_and_says_where(
     assert str(raised.value).endswith(f"The state of step 3 is in {out}: --run.resume goes on from it")
     assert raised.value.__cause__ is not None
     check_nothing_is_lost(images, out, 3, whole)
+
+
+def test_a_smaller_micro_batch_is_another_training_where_weights_are_adaptive() -> None:
+    settings = {"run.batch": 4, "gradient_checkpointing": False, "critic.adaptive": True, "alignment.adaptive": False}
+    said = str(faults.explained(MemoryError(), 3, "the state is here", settings))
+    assert "Reduce --gradient-checkpointing, and the result is the same; or --run.micro-batch 2 (it was 4) or" in said
+    same = str(faults.explained(MemoryError(), 3, "the state is here", settings | {"critic.adaptive": False}))
+    assert "Reduce --run.micro-batch 2 (it was 4) or --gradient-checkpointing, and the result is the same" in same
 
 
 def test_an_error_between_two_phases_leaves_both_at_one_step(images: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,30 @@ def test_attention_is_plain_only_where_bf16_is_trained_on_a_cpu() -> None:
 
     assert fused("fp32") and not fused("bf16")
     assert fused("auto") is not precision.computes_bf16(torch.device("cpu"))
+
+
+def test_a_clip_of_0_clips_nothing(tmp_path: Path) -> None:
+    """SGD would tell all lengths apart; AdamW tells a gradient from none, and a clipped one by its second moment."""
+    kept = []
+    for clip in (0.0, 1e9, 0.1):
+        run = RunConfig(tmp_path / str(clip), steps=4, log_every=1, sample_every=0)
+        trained = replace(TRAINED, clip=clip)
+        assert (
+            loop.train(LineTask(line=Line()), {"name": "line"}, run, trained, Accelerator(), batches) == loop.FINISHED
+        )
+        kept.append(state.load(run.out).tensors)
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+    second = "line/moment/weight/exp_avg_sq"
+    assert (kept[0][second] > kept[2][second]).all() and not torch.equal(
+        kept[0]["line/weight/weight"], torch.arange(2.0)
+    )
+
+
+def test_of_two_phases_the_one_that_went_on_is_named(tmp_path: Path) -> None:
+    line, other = Line(range(4, 100)), Line()
+    said = "a phase kept its weights where its own loss or gradient was not finite; those of other were changed by some"
+    with pytest.raises(DAVAEError, match=f"(?i){said}"):
+        train(LineTask(line=line, other=other), tmp_path / "one", steps=50, bad_steps=3)
+    assert torch.equal(line.seen[4], line.seen[6]) and not torch.equal(other.seen[4], other.seen[6])
+    with pytest.raises(DAVAEError, match="None of these steps changed the weights"):
+        train(LineTask(line=Line(range(4, 100)), other=Line(range(4, 100))), tmp_path / "both", steps=50, bad_steps=3)

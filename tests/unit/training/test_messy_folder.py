@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, features
 
 from davae_core.errors import DAVAEError
 from davae_core.training.data.config import DataConfig
@@ -48,6 +48,11 @@ def turned() -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     return encoded(40, "JPEG", (80, 100), exif=exif)
+
+
+def broken_avif() -> bytes:
+    """An AVIF whose only picture is not the one that its header names."""
+    return encoded(26, "AVIF").replace(b"pitm\0\0\0\0\0\1", b"pitm\0\0\0\0\0\7") if features.check("avif") else b"?"
 
 
 SMALL, RUN = "smaller than the training's size", "in the folder of a run"
@@ -108,6 +113,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "empty.png": (b"", "unreadable: it is empty"),
     "stub.png": (encoded(23)[:12], "unreadable:"),
     "noise.webp": (b"\x9a" * 300, DAMAGED),
+    "broken_avif.jpg": (broken_avif(), "unreadable:"),
     "bomb.png": (bomb(), "unreadable: it has more pixels than Pillow opens (Image size (3600000000 pixels)"),
     "float.tif": (grey("TIFF", np.float32), "unreadable: its pixels are numbers of 32 bits (mode F)"),
     "run/samples/step_500.png": (encoded(24), RUN),
@@ -176,7 +182,7 @@ def test_the_table_counts_and_names_and_is_kept_with_the_run(messy: Path, tmp_pa
     told = json.loads(table.save(tmp_path).read_text(encoding="utf-8"))
     taken = told["taken"]
     assert taken["to train on"] == taken["with a caption"] + taken["without a caption"] == 19
-    assert told["left_out"]["unreadable"]["count"] == 13 and len(told["left_out"]["unreadable"]["examples"]) == 3
+    assert told["left_out"]["unreadable"]["count"] == 14 and len(told["left_out"]["unreadable"]["examples"]) == 3
     shown = str(table)
     for said in ("images found", "ending .heic", "--data.enlarge", "thumbnail.png (80 x 60)", "caption in UTF-16"):
         assert said in shown
@@ -185,7 +191,7 @@ def test_the_table_counts_and_names_and_is_kept_with_the_run(messy: Path, tmp_pa
 
 def test_more_unreadable_pictures_than_allowed_stop_the_run_with_all_reasons(messy: Path) -> None:
     with pytest.raises(
-        DAVAEError, match=r"13 of \d+ images could not be read: .*bomb\.png: it has more pixels.*--data\."
+        DAVAEError, match=r"14 of \d+ images could not be read: .*bomb\.png: it has more pixels.*--data\."
     ):
         collect(DataConfig((str(messy),), size=64), 8, out=messy / "run")
 

@@ -1,12 +1,13 @@
 """Learning rates, which weights decay, and the optimiser's state as tensors."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from davae_core.errors import CheckpointError
+from davae_core.errors import CheckpointError, DAVAEError
 from davae_core.training.run import optimiser as opt
 from davae_core.training.run.config import OptimiserConfig
 
@@ -108,3 +109,33 @@ def test_a_state_of_other_parameters_is_refused(damage: str) -> None:
         del tensors["2.weight/exp_avg"]
     with pytest.raises(CheckpointError, match=r"2\.weight; start a new run"):
         opt.load_state(opt.adamw(names, OptimiserConfig()), names, tensors)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lr": 0.0}, r"--optimiser\.lr must be above 0 and finite, got 0\.0"),
+        ({"lr": NAN}, r"--optimiser\.lr must be above 0"),
+        ({"lr": INF}, r"--optimiser\.lr must be above 0"),
+        ({"betas": (0.9, 1.0)}, r"--optimiser\.betas must be two numbers from 0 to below 1, got \(0\.9, 1\.0\)"),
+        ({"betas": (-0.1, 0.9)}, r"--optimiser\.betas"),
+        ({"weight_decay": -0.1}, r"--optimiser\.weight-decay must be at least 0"),
+        ({"weight_decay": NAN}, r"--optimiser\.weight-decay"),
+        ({"clip": -1.0}, r"--optimiser\.clip must be above 0, or 0 for a gradient of any length, got -1\.0"),
+        ({"clip": NAN}, r"--optimiser\.clip"),
+        ({"warmup": -1}, r"--optimiser\.warmup must be a number of steps, at least 0, got -1"),
+        ({"ema": 1.0}, r"--optimiser\.ema must be from 0 \(no average\) to below 1, got 1\.0"),
+        ({"ema": -0.5}, r"--optimiser\.ema"),
+    ],
+)
+def test_what_ruins_a_training_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(DAVAEError, match=said):
+        OptimiserConfig(**wrong)
+
+
+@pytest.mark.parametrize("fine", [{"betas": (0.0, 0.0)}, {"clip": 0.0}, {"clip": INF}, {"warmup": 0}, {"ema": 0.0}])
+def test_the_ends_of_the_bounds_are_taken(fine: dict[str, Any]) -> None:
+    OptimiserConfig(**fine)

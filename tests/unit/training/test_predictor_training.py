@@ -67,9 +67,12 @@ def test_a_resumed_run_is_the_run(stages: Any, tmp_path: Path, vary: str) -> Non
     [
         ("--vary --variants 0 --keep-latents", "cannot be kept.*--variants 3.*--no-keep-latents"),
         ("--vary --variants -1", "at least 0, got -1"),
+        ("--width 33", "--width must be a multiple of 32, as 32, got 33"),
+        ("--width 0", "--width must be a multiple of 32, as 32, got 0"),
+        ("--blocks -1", "--blocks must be at least 0, got -1"),
     ],
 )
-def test_variants_that_cannot_be_are_refused(stages: Any, tmp_path: Path, more: str, said: str) -> None:
+def test_settings_that_cannot_be_are_refused(stages: Any, tmp_path: Path, more: str, said: str) -> None:
     with pytest.raises(DAVAEError, match=said):
         run(stages, tmp_path, 1, *more.split())
 

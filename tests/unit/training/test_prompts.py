@@ -89,3 +89,17 @@ def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(bytes(range(256)))
     with pytest.raises(DAVAEError, match=r"p\.txt cannot be read"):
         prompts.collect(config(str(tmp_path / "p.txt")), 32)
+
+
+def test_captions_that_cannot_be_read_are_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.png").write_bytes(b"no picture")
+        (tmp_path / f"{name}.txt").write_text(f"boat {name}")
+    (tmp_path / "two.txt").write_bytes(bytes(range(1, 32)) * 20)
+    with pytest.raises(
+        DAVAEError, match=r"1 of 2 images could not be read: .*two\.png: its caption.*--data\.max-broken"
+    ):
+        prompts.collect(config(str(tmp_path), max_broken=0), 32)
+    table = prompts.collect(config(str(tmp_path)), 32).table.told()
+    assert (table["found"], table["taken"]["to train on"], table["left_out"]["unreadable"]["count"]) == (2, 1, 1)
+    assert "two.png" in table["left_out"]["unreadable"]["examples"][0] and "could not read" in caplog.text

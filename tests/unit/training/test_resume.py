@@ -54,7 +54,7 @@ def begun(stages: Any, tmp_path: Path) -> Path:
 
 def test_the_weights_still_move_after_a_resume(stages: Any, begun: Path) -> None:
     before = stages.weights(begun)
-    assert stages.run("adapter", begun, 3, "--run.resume") == 0
+    assert stages.run("adapter", begun, 3, "--run.resume", "--run.change", "run.steps") == 0
     after = stages.weights(begun)
     assert [name for name in before if "/weight/" in name and torch.equal(before[name], after[name])] == []
 
@@ -85,12 +85,13 @@ def test_resume_in_an_empty_folder_begins(stages: Any, tmp_path: Path) -> None:
 def test_a_run_with_other_settings_is_not_a_resumed_run(stages: Any, begun: Path, more: str, named: str) -> None:
     before = stages.weights(begun)
     with pytest.raises(DAVAEError, match=f"other settings.*{named}.*another folder"):
-        stages.run("adapter", begun, 3, "--run.resume", *more.split())
+        stages.run("adapter", begun, 2, "--run.resume", *more.split())
     assert same(stages.weights(begun), before)
 
 
 def test_what_does_not_change_a_step_may_change_between_runs(stages: Any, begun: Path) -> None:
     more = "--run.resume --run.save-minutes 1 --run.sample-every 1 --run.bad-steps 3 --run.micro-batch 2"
+    more += " --run.change run.steps"
     assert stages.run("adapter", begun, 3, *more.split()) == 0
     assert (begun / "samples" / "step_0000003.png").is_file()
 
@@ -104,7 +105,7 @@ def test_a_folder_with_a_run_in_it_is_not_written_over(stages: Any, begun: Path)
 
 def test_a_folder_with_a_run_of_another_script_is_refused(stages: Any, begun: Path) -> None:
     with pytest.raises(DAVAEError, match=r"other settings.*another folder"):
-        stages.run("base_dit", begun, 3, "--run.resume")
+        stages.run("base_dit", begun, 2, "--run.resume")
 
 
 def test_a_file_that_is_no_state_is_refused(stages: Any, tmp_path: Path) -> None:

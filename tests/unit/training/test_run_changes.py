@@ -1,7 +1,12 @@
 """A run knows what it was made from and with: what changed is named, what is to change is said, and files tell it."""
 
 import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,14 @@ from davae_core.checkpoints import files, metadata
 from davae_core.errors import DAVAEError
 from davae_core.training import export
 from davae_core.training.recipes import ADAPTER, AUTOENCODER
-from davae_core.training.run import loop, origins, precision, recorded, resume, state
+from davae_core.training.run import folder, launch, loop, origins, precision, recorded, resume, state
 from davae_core.training.run.config import OptimiserConfig, RunConfig
+from davae_core.training.run.launch import Images
+from davae_core.training.stages import STAGES, Stage
 from harness import toy_run
 from harness.toy_run import FILE
 
+COSINE = OptimiserConfig(lr=0.1, warmup=0, ema=0.9, schedule="cosine")
 LOWER = OptimiserConfig(lr=0.05, warmup=0, ema=0.9)
 
 
@@ -114,6 +122,44 @@ def test_other_images_are_named(images: Path, out: Path, base: Path, how: str) -
     assert train(images, out, base=base, resume=True, change=("data.images",)) == loop.FINISHED
 
 
+@pytest.mark.parametrize("setting", ["prefix=a photo of", "suffix=, film", "repeats=4", "size=8"])
+def test_what_is_said_of_images_is_named(images: Path, out: Path, base: Path, setting: str) -> None:
+    now = {"images": (f"{images}::{setting}",)}
+    with pytest.raises(DAVAEError, match=rf"data\.images: was .*images',\), is .*images::{setting}'.*data\.images$"):
+        train(images, out, base=base, resume=True, data=now)
+    assert state.load(out).step == 4
+    assert train(images, out, base=base, resume=True, data=now, change=("data.images",)) == loop.FINISHED
+    line = f"from step 4 on, data.images: was ('images',), is ('images::{setting}',)"
+    assert state.load(out).about.changes == (line,), "without anybody's folders"
+
+
+def test_other_images_of_which_other_things_are_said_are_named_with_both(images: Path, out: Path, base: Path) -> None:
+    (images / "3.png").unlink()
+    with pytest.raises(DAVAEError, match=r"is \('.*::repeats=4',\); data\.images: was 6 images \(.*, is 5 images"):
+        train(images, out, base=base, resume=True, data={"images": (f"{images}::repeats=4",)})
+
+
+def test_images_that_moved_with_what_is_said_of_them_are_the_same(images: Path, tmp_path: Path) -> None:
+    settings, run = "::repeats=4::prefix=a photo of", tmp_path / "run"
+    assert train(images, run, steps=4, data={"images": (f"{images}{settings}",)}) == loop.FINISHED
+    moved = images.rename(tmp_path / "elsewhere")
+    assert train(moved, run, resume=True, data={"images": (f"{moved}{settings}",)}) == loop.FINISHED
+    assert state.load(run).about.changes == ()
+
+
+def test_other_steps_under_a_cosine_are_another_run(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(images, out, steps=4, optimiser=COSINE) == loop.FINISHED
+    with pytest.raises(
+        DAVAEError, match=r"run\.steps: was 4, is 8, which changes the learning.*--run\.change run\.steps$"
+    ):
+        train(images, out, resume=True, optimiser=COSINE)
+    assert train(images, out, steps=4, resume=True, optimiser=COSINE) == loop.FINISHED
+    assert train(images, out, resume=True, optimiser=COSINE, change=("run.steps",)) == loop.FINISHED
+    saved = state.load(out)
+    assert saved.step == 8 and saved.about.changes[0].startswith("from step 4 on, run.steps: was 4, is 8")
+
+
 def test_embeddings_that_were_added_to_are_the_same_embeddings(tmp_path: Path) -> None:
     made = []
     for keys in (["a"], ["a", "b"]):
@@ -164,6 +210,41 @@ def test_checkpoints_stay_with_their_files_and_the_last_of_them_alone(images: Pa
     assert not torch.equal(tensors[4]["line/weight/weight"], tensors[6]["line/weight/weight"])
     for name, tensor in state.load(plain).tensors.items():  # keeping changes nothing
         assert torch.equal(tensor, state.load(out).tensors[name])
+
+
+def test_a_checkpoint_is_no_link_to_the_state(images: Path, tmp_path: Path) -> None:
+    """``cp step_0000002/state.safetensors .`` writes into the file that is there."""
+    out = tmp_path / "run"
+    assert train(images, out, steps=5, keep_every=2) == loop.FINISHED
+    folder.keep_state(out, 5)
+    shutil.copyfile(out / "step_0000002" / state.FILE, out / state.FILE)
+    assert [state.load(out / f"step_{step:07d}").step for step in (2, 4, 5)] == [2, 4, 5]
+    assert (out / "step_0000005" / state.FILE).stat().st_nlink == 1
+
+
+def test_the_newest_checkpoints_are_those_written_last(images: Path, tmp_path: Path) -> None:
+    """After going back to an earlier step the new ones stay, and the abandoned ones go."""
+    out = tmp_path / "run"
+    assert train(images, out, steps=13, keep_every=4) == loop.FINISHED
+    shutil.copyfile(out / "step_0000004" / state.FILE, out / state.FILE)
+    assert train(images, out, steps=8, keep_every=1, keep_last=2, resume=True) == loop.FINISHED
+    assert sorted(path.name for path in out.glob("step_*")) == ["step_0000006", "step_0000007"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 there")
+def test_names_may_be_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out = (tmp_path / os.fsdecode(name) for name in (b"photos_\xe9t\xe9", b"run_\xe9"))
+    toy_run.draw_images(images)
+    base = tmp_path / os.fsdecode(b"base_\xe9") / os.fsdecode(b"base_\xe9.safetensors")
+    files.save(base, {"weight": torch.arange(100.0)}, {})
+    assert train(images, out, base=base.parent, steps=4, keep_every=2) == loop.FINISHED
+    assert train(images, out, base=base.parent, resume=True) == loop.FINISHED
+    told = json.loads((out / "config.json").read_bytes())
+    assert recorded.from_json(toy_run.LineRecipe, told["settings"]).data.images == (str(images),)
+    history = metadata.history_of(files.read_metadata(out / FILE)[1], FILE)
+    assert history is not None and history.settings["data.images"] == str((images.name,))
+    assert list((out / "samples").glob("*.png")) and not list(out.glob("events.*"))
+    assert "TensorBoard opens no folder whose name is not UTF-8" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_cannot_be_kept_is_a_warning(
@@ -235,6 +316,56 @@ def test_files_are_exported_from_a_state_alone(stages: Any, tmp_path: Path, stag
     of = {"base_autoencoder": set(), "base_dit": {"base_vae"}, "autoencoder": {"base_vae"}}
     assert set(told.of) == of.get(stage, {"base_model", "davae"})
     assert all(identity.values for identity in told.of.values())
+
+
+@pytest.fixture
+def line(images: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Path]:
+    """Trains a stage for four steps, whose export measures images or not; gives the run's folder."""
+
+    def train_stage(measures: bool) -> Path:
+        def build(made: toy_run.LineRecipe, seen: Images) -> toy_run.LineTask:
+            def measure() -> None:
+                assert not measures or list(seen())
+
+            return toy_run.LineTask({"line": toy_run.Line()}, on_export=measure)
+
+        stage = Stage("", toy_run.LineRecipe, {}, lambda recipe, run: run(recipe, 8, build))
+        monkeypatch.setitem(STAGES, "line", stage)
+        given = toy_run.recipe(images, tmp_path / "run", steps=4, keep_every=2, base=base)
+        assert stage.train(given, partial(launch.launch, stage="line", name="line")) == loop.FINISHED
+        return tmp_path / "run"
+
+    return train_stage
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_files_are_not_exported_with_another_base(line: Any, base: Path, tmp_path: Path, step: int) -> None:
+    config = export.ExportConfig(line(False), step, tmp_path / "files")
+    assert export.export(config) == [tmp_path / "files" / FILE]
+    (tmp_path / "files" / FILE).unlink()
+    files.save(base, {"weight": torch.arange(100.0) + 1}, {})
+    said = r"base: was base\.safetensors \(\w{8}\), is base\.safetensors \(\w{8}\)\. Put back.*--run\.change base$"
+    with pytest.raises(DAVAEError, match=said):
+        export.export(config)
+    assert not (tmp_path / "files" / FILE).exists()
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_files_whose_statistics_need_other_images_are_not_exported(
+    line: Any, images: Path, tmp_path: Path, measures: bool
+) -> None:
+    config = export.ExportConfig(line(measures), out=tmp_path / "files")
+    assert export.export(config) == [tmp_path / "files" / FILE]
+    shutil.rmtree(tmp_path / "files")
+    (images / "3.png").unlink()
+    if measures:
+        with pytest.raises(
+            DAVAEError, match=r"data\.images: was 6 images \(\w+\), is 5 images.*--run\.change data\.images$"
+        ):
+            export.export(config)
+    else:
+        assert export.export(config) == [tmp_path / "files" / FILE]
+    assert (tmp_path / "files").exists() != measures
 
 
 def test_a_step_that_was_not_kept_is_named(images: Path, tmp_path: Path) -> None:

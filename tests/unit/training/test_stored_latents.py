@@ -158,3 +158,12 @@ def test_latents_of_an_older_version_are_told_from_these(autoencoder: Path, tmp_
     records.finish(tmp_path, stored_latents.KIND, about)
     with pytest.raises(DAVAEError, match=r"another version, which kept them by the pixels.*anew in another folder"):
         load_latents(tmp_path, autoencoder)
+
+
+def test_two_commands_do_not_write_into_one_folder(stages: Any, tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    with records.claimed(out), pytest.raises(DAVAEError, match=r"another process is at work in .*latents: wait.*--out"):
+        make(stages, out)
+    assert not out.exists()  # nothing was left in it
+    assert make(stages, out) == 0
+    assert not (out / records.LOCK).exists()

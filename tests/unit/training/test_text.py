@@ -373,3 +373,27 @@ def test_the_command_encodes_the_captions_of_a_folder(
     bare = tmp_path / "without"
     assert command.main([*common[:3], str(bare), *common[4:], *own[:2], "--without-t5"]) == 0
     assert torch.equal(load_embeddings(bare)([""])[0], embeddings([""])[0][:, :77])
+
+
+def test_prompts_alone_are_encoded(
+    toy_files: dict[str, Path], toy_tokenizers: Path, tmp_path: Path, photos: Path
+) -> None:
+    common = ["--tokenizers", str(toy_tokenizers), "--without-t5"]
+    common += [f"--clip-l={toy_files['clip_l']}", f"--clip-g={toy_files['clip_g']}"]
+    (tmp_path / "p.txt").write_text("# of the sheets\na fish of glass --d 7\n")
+    out = tmp_path / "embeddings"
+    assert command.main([*common, "--prompts", str(tmp_path / "p.txt"), "--out", str(out)]) == 0
+    assert len(load_embeddings(out)) == 2
+    load_embeddings(out)(["", "a fish of glass"])
+    (tmp_path / "q.txt").write_text("two boats\n")
+    images = [f"{tmp_path / 'q.txt'}::prefix=a photo of", str(photos)]
+    assert command.main([*common, "--images", *images, "--out", str(out)]) == 0
+    load_embeddings(out)(["a photo of two boats", "a cat"])
+    with pytest.raises(DAVAEError, match=r"no captions are given: .*--images.*--prompts"):
+        command.main([*common, "--out", str(tmp_path / "nothing")])
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_two_commands_do_not_write_into_one_folder(photos: Path, tmp_path: Path) -> None:
+    with records.claimed(tmp_path / "e"), pytest.raises(DAVAEError, match=r"another process is at work in .*--out"):
+        command.main(["--images", str(photos), "--out", str(tmp_path / "e")])
