@@ -117,9 +117,9 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"lr": 0.0}, r"--optimiser\.lr must be above 0 and finite, got 0\.0"),
-        ({"lr": NAN}, r"--optimiser\.lr must be above 0"),
-        ({"lr": INF}, r"--optimiser\.lr must be above 0"),
+        ({"lr": -1e-4}, r"--optimiser\.lr must be at least 0 and finite, got -0\.0001"),
+        ({"lr": NAN}, r"--optimiser\.lr must be at least 0"),
+        ({"lr": INF}, r"--optimiser\.lr must be at least 0"),
         ({"betas": (0.9, 1.0)}, r"--optimiser\.betas must be two numbers from 0 to below 1, got \(0\.9, 1\.0\)"),
         ({"betas": (-0.1, 0.9)}, r"--optimiser\.betas"),
         ({"weight_decay": -0.1}, r"--optimiser\.weight-decay must be at least 0"),
