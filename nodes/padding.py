@@ -7,7 +7,6 @@ off it.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -107,8 +106,8 @@ class PaddedLatent(dict):
             super().__setitem__(KEY, self[KEY].after(self[key], value))
         super().__setitem__(key, value)
 
-    def update(self, other: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), /, **more: Any) -> None:
-        for key, value in dict(other, **more).items():
+    def update(self, *other: Any, **more: Any) -> None:
+        for key, value in dict(*other, **more).items():
             self[key] = value
 
 
@@ -162,7 +161,7 @@ def scaled(before: torch.Tensor, after: torch.Tensor) -> bool:
     in_proportion = max((b - 1) / a for a, b in sides) < min((b + 1) / a for a, b in sides)
     if not in_proportion or within(before, after) or within(after, before):
         return False
-    cells = [min(CELLS, a, b) for a, b in sides]
+    cells = (min(CELLS, *sides[0]), min(CELLS, *sides[1]))
     small, then = (F.adaptive_avg_pool2d(z.float().cpu(), cells).flatten(2) for z in (after, before))
     small, then = (F.normalize((z - z.mean(dim=2, keepdim=True)).flatten(1), dim=1) for z in (small, then))
     return float((small * then).sum(dim=1).min()) >= ALIKE
