@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from . import atomic
 from .checkpoints import files, foreign_json
@@ -250,7 +249,7 @@ class RecordSet:
         """Parts of a record that is there."""
         number = self._place[key]
         if number not in self._open:
-            self._open[number] = safe_open(self._files[number], framework="pt", device="cpu")
+            self._open[number] = files.tensors_of(self._files[number])
         file = self._open[number]
         return [file.get_tensor(f"{key}.{part}") for part in parts]
 

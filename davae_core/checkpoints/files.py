@@ -56,7 +56,7 @@ def naming(file: str) -> Iterator[None]:
         raise CheckpointError(f"{file}: {problem}") from problem
 
 
-def _open(path: Path, device: str) -> Any:
+def tensors_of(path: Path, device: str = "cpu") -> Any:
     """The file for safetensors, which takes no path that is not UTF-8: then by the number under which it is open."""
     try:
         str(path).encode()
@@ -90,7 +90,7 @@ class Reader:
             )
         try:
             self.header: Header = header.read(path)
-            self._file = _open(path, device)
+            self._file = tensors_of(path, device)
             same = set(self._file.keys()) == set(self.header.shapes)
         except (SafetensorError, OSError, RuntimeError, CheckpointError) as problem:
             raise CheckpointError(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -239,7 +238,7 @@ def read_state(source: Path, role: Role) -> dict[str, torch.Tensor]:
     for path in weight_files(source):
         names = list(files.read_metadata(path)[0])
         inside = any(name.startswith(prefix) for name in names)
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with files.tensors_of(path) as file:
             for name in names:
                 if not inside or name.startswith(prefix):
                     state[name.removeprefix(prefix)] = file.get_tensor(name)
