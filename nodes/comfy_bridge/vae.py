@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import torch
 from torch import nn
@@ -130,8 +131,10 @@ class BaseStage(Stage):
         return self.handle.base_decoding(shape[2], shape[3])
 
 
-class FaceVAE(comfy.sd.VAE):
-    """ComfyUI's VAE object around a face of ours; a copy that is moved to another device keeps the face."""
+class Face:
+    """What is ours in a stock VAE object; a copy of it that is moved to another device keeps its face."""
+
+    patcher: comfy.model_patcher.ModelPatcher
 
     @property
     def first_stage_model(self) -> Stage:
@@ -145,11 +148,11 @@ class FaceVAE(comfy.sd.VAE):
             model = type(stage)(replace(stage.handle, model=model, patcher=self.patcher))
         self.__dict__["stage"] = model
 
-    def memory_used_encode(self, shape: Any, *_: Any) -> int:  # type: ignore[override]
+    def memory_used_encode(self, shape: Any, *_: Any) -> int:
         """Bytes that encoding takes beside the weights."""
         return self.first_stage_model.encoding(tuple(shape)).need()
 
-    def memory_used_decode(self, shape: Any, *_: Any) -> int:  # type: ignore[override]
+    def memory_used_decode(self, shape: Any, *_: Any) -> int:
         """Bytes that decoding takes beside the weights."""
         return self.first_stage_model.decoding(tuple(shape)).need()
 
@@ -158,9 +161,11 @@ class FaceVAE(comfy.sd.VAE):
         return list(shape)
 
     def encode_tiled_(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """In strips."""
         return self.first_stage_model.encode_tiled(*args, **kwargs)
 
     def decode_tiled_(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """In strips."""
         return self.first_stage_model.decode_tiled(*args, **kwargs)
 
 
@@ -173,7 +178,7 @@ def stock_vae(stage: Stage) -> comfy.sd.VAE:
     handle, vae = stage.handle, _minute_vae()
     for name in ("first_stage_model", "memory_used_encode", "memory_used_decode"):  # the class has them
         vae.__dict__.pop(name)
-    vae.__class__ = FaceVAE
+    vae.__class__ = type("VAE", (Face, comfy.sd.VAE), {})
     vae.first_stage_model = stage
     vae.patcher = handle.patcher
     vae.vae_dtype = handle.dtype

@@ -55,7 +55,7 @@ class RunConfig:
     the exported files."""
     steps: int = 10_000
     """Optimiser steps in all. A resumed run may have more; with the cosine schedule it is then another run, because the
-    learning rate of every step depends on it, and has to be meant: --run.change run.steps."""
+    learning rate of every step depends on it, and has to be meant (see run.change)."""
     batch: int = 64
     """Images per optimiser step, over all processes together."""
     micro_batch: int = 0

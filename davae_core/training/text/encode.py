@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -142,14 +143,14 @@ def run(config: TextConfig) -> int:
     Raises:
         DAVAEError: something is missing or cannot be used, or another process is at work in the folder.
     """
+    device = devices.device(config.device)
     captions = asked_captions(config)
     with records.claimed(config.out):
-        return _encoded(config, captions)
+        return _encoded(config, captions, device)
 
 
-def _encoded(config: TextConfig, captions: Sequence[str]) -> int:
+def _encoded(config: TextConfig, captions: Sequence[str], device: torch.device) -> int:
     """What :func:`run` does in the folder."""
-    device = devices.device(config.device)
     places: dict[Role, Path] = {
         "clip_l": _source(config, "clip_l", config.clip_l),
         "clip_g": _source(config, "clip_g", config.clip_g),
